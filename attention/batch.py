@@ -1,0 +1,195 @@
+"""Batch: the one layout that every mixer, cache and kernel sees.
+
+A batch has four static numbers (B, q, R, C): first B rows of q tokens each (q = 1 in decode), then C prompt
+tokens shared by at most R prompt rows. x is [T, E] with T = B*q + C. decode = (B,1,0,0), prefill = (0,0,R,C),
+mixed = (B,1,R,C), verify = (B,N,0,0): one program family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NULL_PAGE = 0
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """The static numbers of a batch: B rows of q tokens, then R prompt rows sharing C tokens."""
+
+    B: int
+    q: int
+    R: int
+    C: int
+
+    @property
+    def T(self) -> int:
+        return self.B * self.q + self.C
+
+    @property
+    def rows(self) -> int:
+        return self.B + self.R
+
+    @property
+    def kind(self) -> str:
+        if self.R == 0:
+            return "decode" if self.q == 1 else "verify"
+        return "mixed" if self.B else "prefill"
+
+    def __str__(self) -> str:
+        return f"{self.kind}(B={self.B}, q={self.q}, R={self.R}, C={self.C})"
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "tokens", "positions", "pages", "slots", "rows", "valid", "page_table", "lengths", "starts",
+        "query_starts", "seats",
+    ],
+    meta_fields=["shape"],
+)  # fmt: skip
+@dataclass(frozen=True)
+class Batch:
+    """Arrays of one step. Rows are the B rectangular rows, then the R prompt rows; sizes are in tokens.
+
+    tokens        i32[T]      token ids
+    positions     i32[T]      absolute position of each token in its sequence
+    pages, slots  i32[T]      where each token's K and V go; padding goes to the null page
+    rows          i32[T]      the row that each token belongs to
+    valid         bool[T]     False for padding tokens
+    page_table    i32[B+R,P]  the pages of each row, in order; unused entries are the null page
+    lengths       i32[B+R]    tokens of each row after this step; 0 for an idle row
+    starts        i32[B+R]    tokens of each row before this step (0: the row begins here)
+    query_starts  i32[R+1]    where each prompt row begins in the prompt part, in 0..C
+    seats         i32[B+R]    the slot that holds each row's fixed-size state; idle rows use the padding seat
+    """
+
+    shape: Shape
+    tokens: jax.Array
+    positions: jax.Array
+    pages: jax.Array
+    slots: jax.Array
+    rows: jax.Array
+    valid: jax.Array
+    page_table: jax.Array
+    lengths: jax.Array
+    starts: jax.Array
+    query_starts: jax.Array
+    seats: jax.Array
+
+    @property
+    def last_tokens(self) -> jax.Array:
+        """i32[B+R]: index in [T] of each row's last token; idle rows give some row in range."""
+        B, q = self.shape.B, self.shape.q
+        rect = jnp.arange(B, dtype=jnp.int32) * q + q - 1
+        prompt = B * q + jnp.maximum(self.query_starts[1:] - 1, 0)
+        return jnp.concatenate([rect, prompt]) if self.shape.R else rect
+
+
+def make_batch(
+    shape: Shape,
+    page_size: int,
+    *,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    seats: jax.Array,
+) -> Batch:
+    """Complete a batch from what cannot be derived: token ids, row lengths, pages, prompt starts and seats.
+
+    Rectangular rows with length 0 are idle. The prompt rows' tokens lie back to back from `query_starts`;
+    tokens from query_starts[R] on are padding.
+    """
+    B, q, R, C = shape.B, shape.q, shape.R, shape.C
+    counts = jnp.where(lengths[:B] > 0, q, 0)
+    rows = jnp.repeat(jnp.arange(B, dtype=jnp.int32), q)
+    valid = lengths[rows] > 0 if B else jnp.zeros((0,), bool)
+    offset = jnp.tile(jnp.arange(q, dtype=jnp.int32), B)
+    if R:
+        counts = jnp.concatenate([counts, query_starts[1:] - query_starts[:-1]])
+        index = jnp.arange(C, dtype=jnp.int32)
+        row = (index[:, None] >= query_starts[None, 1:R]).sum(-1, dtype=jnp.int32)
+        rows = jnp.concatenate([rows, B + row])
+        valid = jnp.concatenate([valid, index < query_starts[R]])
+        offset = jnp.concatenate([offset, index - query_starts[row]])
+    starts = lengths - counts
+    positions = jnp.where(valid, starts[rows] + offset, 0)
+    width = page_table.shape[1]
+    page = page_table[rows, jnp.minimum(positions // page_size, width - 1)] if width else jnp.zeros_like(rows)
+    return Batch(
+        shape=shape,
+        tokens=tokens,
+        positions=positions,
+        pages=jnp.where(valid, page, NULL_PAGE),
+        slots=positions % page_size,
+        rows=rows,
+        valid=valid,
+        page_table=page_table,
+        lengths=lengths,
+        starts=starts,
+        query_starts=query_starts,
+        seats=seats,
+    )
+
+
+def rectangle(tokens: jax.Array) -> Batch:
+    """A batch of B fresh rows of q tokens with nothing remembered: training and scoring whole texts.
+
+    tokens i32[B, q]; use it with caches of kind NONE (`attention.caches.Uncached`).
+    """
+    B, q = tokens.shape
+    return make_batch(
+        Shape(B, q, 0, 0),
+        1,
+        tokens=tokens.reshape(-1),
+        lengths=jnp.full((B,), q, jnp.int32),
+        page_table=jnp.zeros((B, 0), jnp.int32),
+        query_starts=jnp.zeros((1,), jnp.int32),
+        seats=jnp.arange(B, dtype=jnp.int32),
+    )
+
+
+def descriptor_size(shape: Shape, width: int) -> int:
+    """Length of the packed i32 descriptor of a step: one host-to-device copy a dispatch."""
+    return shape.rows * (2 + width) + shape.R + 1 + shape.C
+
+
+def pack(
+    shape: Shape,
+    width: int,
+    *,
+    lengths: np.ndarray,
+    seats: np.ndarray,
+    page_table: np.ndarray,
+    query_starts: np.ndarray,
+    prompt_tokens: np.ndarray,
+) -> np.ndarray:
+    """The host's half of `unpack`."""
+    return np.concatenate([lengths, seats, page_table.reshape(-1), query_starts, prompt_tokens]).astype(
+        np.int32, copy=False
+    )
+
+
+def unpack(shape: Shape, width: int, page_size: int, packed: jax.Array, last_token: jax.Array) -> Batch:
+    """The batch of a step from its packed descriptor; rectangular tokens come from `last_token[seats]`."""
+    rows = shape.rows
+    lengths, seats = packed[:rows], packed[rows : 2 * rows]
+    at = 2 * rows + rows * width
+    page_table = packed[2 * rows : at].reshape(rows, width)
+    query_starts = packed[at : at + shape.R + 1]
+    prompt = packed[at + shape.R + 1 :]
+    tokens = jnp.concatenate([last_token[seats[: shape.B]], prompt])
+    return make_batch(
+        shape,
+        page_size,
+        tokens=tokens,
+        lengths=lengths,
+        page_table=page_table,
+        query_starts=query_starts,
+        seats=seats,
+    )

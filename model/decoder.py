@@ -1,0 +1,128 @@
+"""The decoder: blocks of (token mixer, channel mixer), runnable in spans of layers.
+
+    x = decoder.embed(batch.tokens, batch)
+    x, state = decoder.run(x, state, batch, range(decoder.num_layers))
+    logits = decoder.head(decoder.normalise(x))
+
+`state` is a tuple with one entry a layer; each is what that layer's token mixer remembers (`attention/caches`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..attention.batch import Batch
+from .channels.mlp import MLP
+from .channels.moe import MoE
+from .config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig
+from .layers import Embedding, Linear, Norm, Numerics
+from .mixers.attention import Attention
+from .mixers.mamba2 import Mamba2
+
+
+def _channel(config: MLPConfig | MoEConfig | None, hidden: int, **kinds) -> MLP | MoE | None:
+    if config is None:
+        return None
+    return MLP(config, hidden, **kinds) if isinstance(config, MLPConfig) else MoE(config, hidden, **kinds)
+
+
+class Block(nnx.Module):
+    """One token mixer, one channel mixer (or none), and the norms around them (`BlockConfig.wiring`)."""
+
+    def __init__(self, config: BlockConfig, hidden: int, *, numerics: Numerics, rngs: nnx.Rngs):
+        self.config = config
+        kinds = dict(numerics=numerics, rngs=rngs)
+        if isinstance(config.mixer, AttentionConfig):
+            self.mixer = Attention(config.mixer, hidden, **kinds)
+        else:
+            self.mixer = Mamba2(config.mixer, hidden, **kinds)
+        self.channel = _channel(config.channel, hidden, **kinds)
+        norms = {"sandwich": 4}.get(config.wiring, 2) if self.channel is not None else 1
+        self.norms = nnx.List([Norm(hidden, config.norm, **kinds) for _ in range(norms)])
+
+    def __call__(self, x: jax.Array, batch: Batch, state):
+        wiring, scale, norms = self.config.wiring, self.config.residual_scale, self.norms
+        before = wiring in ("pre", "sandwich", "parallel")
+        with jax.named_scope("mixer"):
+            y, state = self.mixer(norms[0](x) if before else x, batch, state)
+        if wiring == "parallel":
+            assert self.channel is not None
+            return x + scale * (y + self.channel(norms[1](x), batch)), state
+        if wiring == "post":
+            y = norms[0](y)
+        elif wiring == "sandwich":
+            y = norms[1](y)
+        x = x + (y if scale == 1.0 else scale * y)
+        if wiring == "after":
+            x = norms[0](x)
+        if self.channel is None:
+            return x, state
+        with jax.named_scope("channel"):
+            y = self.channel(norms[-2 if wiring == "sandwich" else -1](x) if before else x, batch)
+        if wiring in ("post", "sandwich"):
+            y = norms[-1](y)
+        x = x + (y if scale == 1.0 else scale * y)
+        return (norms[1](x) if wiring == "after" else x), state
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model, whatever its family. Construct under `nnx.eval_shape` for specs only."""
+
+    def __init__(self, config: ModelConfig, *, numerics: Numerics = Numerics(), rngs: nnx.Rngs):
+        self.config, self.numerics = config, numerics
+        E, V = config.hidden_size, config.vocab_size
+        size = config.embed_size or E
+        kinds = dict(numerics=numerics, rngs=rngs)
+        self.embedding = Embedding(V, size, axes=("vocab", "embed"), **kinds)
+        learned = config.learned_positions
+        self.positions = Embedding(learned[0], E, axes=(None, "embed"), **kinds) if learned else None
+        self.project_in = Linear(size, E, (None, None), **kinds) if size != E else None
+        self.project_out = Linear(E, size, (None, None), **kinds) if size != E else None
+        self.blocks = nnx.List([Block(block, E, **kinds) for block in config.blocks])
+        self.final_norm = None if config.final_norm is None else Norm(E, config.final_norm, **kinds)
+        tie, bias = config.tie_embeddings, config.head_bias
+        self.lm_head = None if tie else Linear(size, V, ("vocab", "embed"), bias=bias, **kinds)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    def embed(self, tokens: jax.Array, batch: Batch) -> jax.Array:
+        """Token ids i32[T] -> x [T,E], positions added where they are learned."""
+        config = self.config
+        x = self.embedding(tokens)
+        if config.embed_scale != 1.0:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None and config.learned_positions is not None:
+            x = x + self.positions(batch.positions + config.learned_positions[1])
+        return x
+
+    def run(self, x: jax.Array, state: tuple, batch: Batch, layers: Iterable[int]) -> tuple[jax.Array, tuple]:
+        """Run the blocks named by `layers`, in that order; the others' state is left alone.
+
+        run(0..k) then run(k..L) equals run(0..L).
+        """
+        entries = list(state)
+        for index in layers:
+            with jax.named_scope(f"layer{index}"):
+                x, entries[index] = self.blocks[index](x, batch, entries[index])
+        return x, tuple(entries)
+
+    def normalise(self, x: jax.Array) -> jax.Array:
+        """The final norm, row by row: x [..., E] -> [..., E]."""
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Normalised x [N,E] -> logits f32[N,V]."""
+        if self.project_out is not None:
+            x = self.project_out(x)
+        logits = self.embedding.attend(x) if self.lm_head is None else self.lm_head(x)
+        logits = logits.astype(jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
