@@ -156,7 +156,7 @@ def rectangle(tokens: jax.Array) -> Batch:
 
 def descriptor_size(shape: Shape, width: int) -> int:
     """Length of the packed i32 descriptor of a step: one host-to-device copy a dispatch."""
-    return shape.rows * (2 + width) + shape.R + 1 + shape.C
+    return shape.rows * (3 + width) + shape.R + 1 + shape.C
 
 
 def pack(
@@ -165,22 +165,24 @@ def pack(
     *,
     lengths: np.ndarray,
     seats: np.ndarray,
+    samples: np.ndarray,
     page_table: np.ndarray,
     query_starts: np.ndarray,
     prompt_tokens: np.ndarray,
 ) -> np.ndarray:
-    """The host's half of `unpack`."""
-    return np.concatenate([lengths, seats, page_table.reshape(-1), query_starts, prompt_tokens]).astype(
-        np.int32, copy=False
-    )
+    """The host's half of `unpack`. `samples` i32[B+R] is 1 where a row's last token is followed by sampling;
+    it stands behind lengths and seats, so that the first 3*(B+R) numbers are what the head needs."""
+    assert page_table.shape == (shape.rows, width) and prompt_tokens.shape == (shape.C,)
+    parts = [lengths, seats, samples, page_table.reshape(-1), query_starts, prompt_tokens]
+    return np.concatenate(parts).astype(np.int32, copy=False)
 
 
 def unpack(shape: Shape, width: int, page_size: int, packed: jax.Array, last_token: jax.Array) -> Batch:
     """The batch of a step from its packed descriptor; rectangular tokens come from `last_token[seats]`."""
     rows = shape.rows
     lengths, seats = packed[:rows], packed[rows : 2 * rows]
-    at = 2 * rows + rows * width
-    page_table = packed[2 * rows : at].reshape(rows, width)
+    at = (3 + width) * rows
+    page_table = packed[3 * rows : at].reshape(rows, width)
     query_starts = packed[at : at + shape.R + 1]
     prompt = packed[at + shape.R + 1 :]
     tokens = jnp.concatenate([last_token[seats[: shape.B]], prompt])

@@ -43,7 +43,9 @@ def _block(
         new_top = jnp.maximum(top, scores.max(-1))
         shrink = jnp.exp(top - new_top)
         weights = jnp.where(seen[None], jnp.exp(scores - new_top[..., None]), 0.0)
-        out = out * shrink[..., None] + jnp.einsum("hns,hsd->hnd", weights, v, preferred_element_type=jnp.float32)
+        out = out * shrink[..., None] + jnp.einsum(
+            "hns,hsd->hnd", weights, v, preferred_element_type=jnp.float32
+        )
         return out, new_top, total * shrink + weights.sum(-1)
 
     zeros = jnp.zeros((kv_heads, rows), jnp.float32)
@@ -108,7 +110,13 @@ def prompt(
             end = jnp.minimum(before + (b + 1) * step, view.lengths[r])
             first = _first_page(before + b * step, size, spec)
             got, got_lse = _block(
-                chunk, jnp.repeat(positions, group), view.table[r], first, (end + size - 1) // size, view, spec
+                chunk,
+                jnp.repeat(positions, group),
+                view.table[r],
+                first,
+                (end + size - 1) // size,
+                view,
+                spec,
             )
             got = got.reshape(kv_heads, step, group, dim).transpose(1, 0, 2, 3).reshape(step, heads, dim)
             got_lse = got_lse.reshape(kv_heads, step, group).transpose(1, 0, 2).reshape(step, heads)
@@ -119,6 +127,9 @@ def prompt(
 
         return lax.fori_loop(0, (stop - start + step - 1) // step, block, carry)
 
-    start = (jnp.zeros((C + step, heads, dim), jnp.float32), jnp.full((C + step, heads), -jnp.inf, jnp.float32))
+    start = (
+        jnp.zeros((C + step, heads, dim), jnp.float32),
+        jnp.full((C + step, heads), -jnp.inf, jnp.float32),
+    )
     out, lse = lax.fori_loop(0, R, row, start)
     return out[:C].astype(q.dtype), lse[:C]

@@ -77,7 +77,12 @@ def backend_for(platform: str, page_dtype: jnp.dtype) -> tuple[str, ...]:
 
 
 def attention(
-    part: str, q: jax.Array, view: PagedView, spec: AttentionSpec, backends: tuple[str, ...], **kwargs: jax.Array
+    part: str,
+    q: jax.Array,
+    view: PagedView,
+    spec: AttentionSpec,
+    backends: tuple[str, ...],
+    **kwargs: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Run `part` ("rows" or "prompt") on the first back end that accepts the case.
 
@@ -93,7 +98,12 @@ def attention(
 
 
 def dense(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, k_positions: jax.Array, spec: AttentionSpec
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    spec: AttentionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """The specification: q [N,Hq,D], k and v [S,Hkv,D], positions i32; returns out [N,Hq,D], lse [N,Hq].
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 Form = Literal["plain", "left"]
 

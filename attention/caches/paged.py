@@ -35,8 +35,12 @@ class PagedKV:
         pages, table = batch.pages + base, batch.page_table + base
         heads = jnp.arange(k.shape[1], dtype=jnp.int32)
         at = (pages[:, None], heads[None, :])
-        k_pages = self.k.at[*at, :, batch.slots[:, None]].set(k.astype(self.k.dtype), mode="promise_in_bounds")
-        v_pages = self.v.at[*at, batch.slots[:, None], :].set(v.astype(self.v.dtype), mode="promise_in_bounds")
+        k_pages = self.k.at[*at, :, batch.slots[:, None]].set(
+            k.astype(self.k.dtype), mode="promise_in_bounds"
+        )
+        v_pages = self.v.at[*at, batch.slots[:, None], :].set(
+            v.astype(self.v.dtype), mode="promise_in_bounds"
+        )
         view = PagedView(k_pages, v_pages, table, batch.lengths)
         parts = []
         if B:
@@ -45,7 +49,12 @@ class PagedKV:
             parts.append(out.reshape(B * n, *q.shape[1:]))
         if R:
             out, _ = attention(
-                "prompt", q[B * n :], view.rows(B, B + R), spec, self.backends, query_starts=batch.query_starts
+                "prompt",
+                q[B * n :],
+                view.rows(B, B + R),
+                spec,
+                self.backends,
+                query_starts=batch.query_starts,
             )
             parts.append(out)
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], replace(self, k=k_pages, v=v_pages)

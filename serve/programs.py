@@ -1,0 +1,226 @@
+"""The compiled programs of a step and their bucket plan.
+
+A step is two programs, dispatched back to back: the backbone (by token bucket), which runs the blocks and
+gathers one row of x per request, and the head (by request bucket), which normalises, projects, processes and
+samples. So programs are a sum and not a product. Backbones are one function keyed by Shape(B, q, R, C).
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm.auto import tqdm
+
+from ..attention.batch import Shape, descriptor_size, unpack
+from .sampling.sampler import Sampled, Sampler, prompt_logprobs
+
+SCORE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Which programs exist: decode widths, prompt chunk sizes (tokens), prompt rows, sequences."""
+
+    max_num_seqs: int
+    widths: tuple[int, ...]
+    chunks: tuple[int, ...]
+    prompt_rows: int
+
+    @staticmethod
+    def make(max_num_seqs: int, max_num_batched_tokens: int) -> BucketPlan:
+        """Widths double from 1 to max_num_seqs, chunks from 32 to max_num_batched_tokens."""
+        widths = [1 << i for i in range(max_num_seqs.bit_length()) if 1 << i < max_num_seqs] + [max_num_seqs]
+        chunks = [size for i in range(30) if (size := 32 << i) < max_num_batched_tokens]
+        rows = min(max_num_seqs, max(4, max_num_batched_tokens // 64))
+        return BucketPlan(max_num_seqs, tuple(widths), (*chunks, max_num_batched_tokens), rows)
+
+    def shape(self, decodes: int, prompt_tokens: int) -> Shape:
+        """The smallest program that holds so many decodes and prompt tokens."""
+        if prompt_tokens == 0:
+            return Shape(next(width for width in self.widths if width >= decodes), 1, 0, 0)
+        chunk = next(size for size in self.chunks if size >= prompt_tokens)
+        return Shape(self.max_num_seqs if decodes else 0, 1, self.prompt_rows, chunk)
+
+    def backbones(self) -> list[Shape]:
+        decode = [Shape(width, 1, 0, 0) for width in self.widths]
+        seats = (0, self.max_num_seqs)
+        return decode + [Shape(B, 1, self.prompt_rows, chunk) for B in seats for chunk in self.chunks]
+
+    def heads(self) -> list[int]:
+        return sorted({shape.rows for shape in self.backbones()})
+
+    def __str__(self) -> str:
+        return (
+            f"decode widths {list(self.widths)}; prompt chunks {list(self.chunks)} of up to "
+            f"{self.prompt_rows} prompts, alone and beside {self.max_num_seqs} decodes; "
+            f"heads for {self.heads()} rows; {len(self.backbones())} backbones + {len(self.heads())} heads"
+        )
+
+
+def backbone(graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int) -> Callable:
+    """(params, state, last_token, packed) -> (x rows [B+R,E], prompt x [C,E], state); state is donated."""
+
+    def run(params: Any, state: tuple, last_token: jax.Array, packed: jax.Array):
+        model = nnx.merge(graphdef, params)
+        batch = unpack(shape, width, page_size, packed, last_token)
+        x = model.embed(batch.tokens, batch)
+        x, state = model.run(x, state, batch, range(model.num_layers))
+        return x[batch.last_tokens], x[shape.B * shape.q :], state
+
+    return run
+
+
+def head(graphdef: nnx.GraphDef, sampler: Sampler) -> Callable:
+    """(params, sampler_state, x [N,E], meta i32[3N]) -> (Sampled, sampler_state); sampler_state is donated.
+
+    meta: lengths (the position of the sampled token), seats, and 1 where the row samples.
+    """
+
+    def run(params: Any, sampler_state: Any, x: jax.Array, meta: jax.Array):
+        model = nnx.merge(graphdef, params)
+        lengths, seats, samples = meta.reshape(3, x.shape[0])
+        logits = model.head(model.normalise(x))
+        return sampler.sample(sampler_state, logits, seats, lengths, samples > 0)
+
+    return run
+
+
+def score(graphdef: nnx.GraphDef, max_logprobs: int) -> Callable:
+    """(params, prompt x [C,E], targets i32[C]) -> log-probabilities of the targets, in blocks of rows."""
+
+    def run(params: Any, x: jax.Array, targets: jax.Array):
+        model = nnx.merge(graphdef, params)
+
+        def block(args):
+            rows, goals = args
+            return prompt_logprobs(model.head(model.normalise(rows)), goals, max_logprobs)
+
+        rows = min(SCORE_ROWS, x.shape[0])
+        pad = -x.shape[0] % rows
+        x, targets = jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(targets, (0, pad))
+        packed = jax.lax.map(block, (x.reshape(-1, rows, x.shape[1]), targets.reshape(-1, rows)))
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: x.shape[0] - pad], packed)
+
+    return run
+
+
+class Programs:
+    """The compiled grid of one model, with the arrays that outlive a step: state and sampler state."""
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, params: Any, state: tuple, sampler: Sampler, plan: BucketPlan, *,
+        page_size: int, width: int, strict: bool = False,
+    ):  # fmt: skip
+        self.graphdef, self.params, self.state = graphdef, params, state
+        self.sampler, self.plan = sampler, plan
+        self.page_size, self.width, self.strict = page_size, width, strict
+        self.sampler_state = jax.jit(sampler.init)()
+        self.compiled: dict[Any, Any] = {}
+        self.late_compilations = 0
+        self._watching = False
+        _count_compilations(self)
+
+    def _jobs(self) -> dict[Any, Callable[[], Any]]:
+        """Key -> a function that lowers and compiles that program."""
+        plan, hidden = self.plan, jax.eval_shape(self._hidden, self.params)
+        spec = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding))
+        params, state, sampler_state = spec(self.params), spec(self.state), spec(self.sampler_state)
+        row = self.sampler.row_spec()
+        ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+
+        def x(rows: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype)
+
+        def build(function: Callable, donate: tuple[int, ...], *args: Any) -> Callable[[], Any]:
+            return lambda: jax.jit(function, donate_argnums=donate).lower(*args).compile()
+
+        jobs: dict[Any, Callable[[], Any]] = {}
+        for shape in plan.backbones():
+            run = backbone(self.graphdef, shape, self.width, self.page_size)
+            packed = ints((descriptor_size(shape, self.width),))
+            jobs[shape] = build(run, (1,), params, state, sampler_state.last_token, packed)
+        for rows in plan.heads():
+            run = head(self.graphdef, self.sampler)
+            jobs["head", rows] = build(run, (1,), params, sampler_state, x(rows), ints((3 * rows,)))
+        for chunk in plan.chunks:
+            run = score(self.graphdef, self.sampler.max_logprobs)
+            jobs["score", chunk] = build(run, (), params, x(chunk), ints((chunk,)))
+        jobs["admit"] = build(self.sampler.admit, (0,), sampler_state, ints(()), row)
+        return jobs
+
+    def _hidden(self, params: Any) -> jax.Array:
+        model = nnx.merge(self.graphdef, params)
+        return model.normalise(jnp.zeros((1, model.config.hidden_size), model.numerics.dtype))
+
+    def compile(self, progress: bool = True) -> None:
+        """Compile the whole grid in parallel threads."""
+        jobs = self._jobs()
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            futures = {key: pool.submit(job) for key, job in jobs.items()}
+            keys: Iterable[Any] = tqdm(
+                futures, "compiling", unit="program", leave=False, disable=not progress
+            )
+            self.compiled = {key: futures[key].result() for key in keys}
+
+    def admit(self, seat: int, row: dict[str, np.ndarray]) -> None:
+        """Put a request's sampling parameters into a seat."""
+        self.sampler_state = self.compiled["admit"](self.sampler_state, np.int32(seat), row)
+
+    def step(self, shape: Shape, packed: np.ndarray) -> tuple[Sampled, jax.Array]:
+        """Dispatch the two programs of a step; nothing waits. Returns (Sampled, prompt x [C,E])."""
+        x, prompt_x, self.state = self.compiled[shape](
+            self.params, self.state, self.sampler_state.last_token, packed
+        )
+        meta = packed[: 3 * shape.rows]
+        sampled, self.sampler_state = self.compiled["head", shape.rows](
+            self.params, self.sampler_state, x, meta
+        )
+        return sampled, prompt_x
+
+    def score(self, prompt_x: jax.Array, targets: np.ndarray) -> Any:
+        """Log-probabilities of `targets` i32[C] after each prompt token."""
+        return self.compiled["score", prompt_x.shape[0]](self.params, prompt_x, targets)
+
+    @contextmanager
+    def watch(self):
+        """Inside, nothing may compile: strict mode raises afterwards, else `late_compilations` counts."""
+        before, self._watching = self.late_compilations, True
+        try:
+            yield
+        finally:
+            self._watching = False
+        if self.strict and self.late_compilations > before:
+            raise RuntimeError(
+                f"a step compiled {self.late_compilations - before} programs after warm-up (strict mode); "
+                f"the bucket plan is: {self.plan}"
+            )
+
+    def close(self) -> None:
+        """Free the device memory."""
+        for leaf in jax.tree.leaves((self.params, self.state, self.sampler_state)):
+            leaf.delete()
+        self.compiled.clear()
+
+
+def _count_compilations(programs: Programs) -> None:
+    """Count JAX's compile events that happen while `programs` watches."""
+    reference = weakref.ref(programs)
+
+    def listen(event: str, duration: float, **kwargs: Any) -> None:
+        del duration, kwargs
+        alive = reference()
+        if alive is not None and alive._watching and event.endswith("backend_compile_duration"):
+            alive.late_compilations += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)

@@ -1,0 +1,159 @@
+"""Who runs next. Plain Python, no arrays.
+
+One rule covers prompts, decodes and resuming: each step gives a sequence (known tokens - computed tokens),
+clipped by the token budget. Decodes first, then unfinished prompts, then new sequences (Sarathi-Serve,
+arXiv 2403.02310, sections 4.2 and 4.3). Memory: a sequence owns pages for its whole known length from
+admission on, a decode grows by a page; when the pool is empty the youngest running sequence is preempted,
+waits at the front and is recomputed later, and a step that preempted admits nobody.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from .pages import PageAllocator
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One generation. `tokens` are those the host has read; `pending` were sampled but not yet read.
+
+    `computed` counts tokens whose K and V the dispatched steps store; `limit` is the length at which the
+    sequence ends; `epoch` rises at each preemption, and results of an older epoch are dropped.
+    """
+
+    tokens: list[int]
+    limit: int
+    owner: Any = None
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    pending: int = 0
+    epoch: int = 0
+    seat: int = -1
+    decoding: bool = False
+    finished: bool = False
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens) + self.pending
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`count` prompt tokens of a sequence from `start`; `final` when they reach its last known token."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One step: the sequences that decode one token, the prompt chunks, and who took a seat for it."""
+
+    decodes: list[Sequence]
+    chunks: list[Chunk]
+    admitted: list[Sequence]
+
+
+class Scheduler:
+    """First come, first served, under `budget` tokens and `prompt_rows` prompt chunks a step."""
+
+    def __init__(self, pages: PageAllocator, *, max_num_seqs: int, budget: int, prompt_rows: int):
+        if budget < max_num_seqs + 1:
+            raise ValueError(
+                f"max_num_batched_tokens={budget} must exceed max_num_seqs={max_num_seqs}, or prompts would "
+                f"starve beside a full batch of decodes; raise the former or lower the latter"
+            )
+        self.pages, self.budget, self.prompt_rows = pages, budget, prompt_rows
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._seats = list(range(max_num_seqs - 1, -1, -1))
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> Work | None:
+        """The next step, or None when nobody can advance before pending tokens are read."""
+        preempted = self.preemptions
+        decodes = self._decodes()
+        budget = self.budget - len(decodes)
+        chunks: list[Chunk] = []
+        for sequence in self.running:
+            if not sequence.decoding and budget > 0 and len(chunks) < self.prompt_rows:
+                budget -= self._take(sequence, budget, chunks)
+        admitted = []
+        while self.waiting and budget > 0 and len(chunks) < self.prompt_rows and self._seats:
+            sequence = self.waiting[0]
+            if self.preemptions > preempted or not self.pages.grow(sequence.pages, sequence.known):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.seat = self._seats.pop()
+            admitted.append(sequence)
+            budget -= self._take(sequence, budget, chunks)
+        if not decodes and not chunks:
+            return None
+        for sequence in decodes:
+            sequence.computed += 1
+            sequence.pending += 1
+        return Work(decodes, chunks, admitted)
+
+    def _decodes(self) -> list[Sequence]:
+        """Running sequences whose next token can be computed, each with room for it."""
+        ready: list[Sequence] = []
+        for sequence in list(self.running):
+            if not sequence.decoding or sequence.known >= sequence.limit:
+                continue
+            while sequence.seat >= 0 and not self.pages.grow(sequence.pages, sequence.known):
+                self.preempt(self.running[-1])
+            if sequence.seat >= 0:
+                ready.append(sequence)
+        return ready
+
+    @staticmethod
+    def _take(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """Schedule the next prompt tokens of `sequence`; returns how many."""
+        start = sequence.computed
+        count = min(sequence.known - start, budget)
+        sequence.computed += count
+        final = sequence.computed == sequence.known
+        if final:
+            sequence.decoding = True
+            sequence.pending += 1
+        chunks.append(Chunk(sequence, start, count, final))
+        return count
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take everything from a running sequence; it waits at the front and is recomputed later."""
+        self._leave(sequence)
+        sequence.computed = sequence.pending = 0
+        sequence.epoch += 1
+        sequence.decoding = False
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def finish(self, sequence: Sequence) -> None:
+        """A running or waiting sequence ends. A step in flight may still write its pages: the device runs in
+        order, so their next owner's tokens come later."""
+        if sequence.finished:
+            return
+        sequence.finished = True
+        if sequence.seat >= 0:
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._seats.append(sequence.seat)
+        sequence.seat = -1
+        self.pages.release(sequence.pages)
