@@ -30,11 +30,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class Numerics:
-    """How a model is stored and computed: parameter dtype, activation dtype, and the matmul forms to use."""
+    """How a model is stored and computed: parameter dtype, activation dtype, the matmul forms to use, and the
+    platform that it is compiled for ("cpu", "gpu", "tpu"): the target's, never that of the machine at hand."""
 
     param_dtype: jnp.dtype = jnp.dtype("float32")
     dtype: jnp.dtype = jnp.dtype("float32")
     forms: Forms = Forms()
+    platform: str = "cpu"
 
 
 def param(
