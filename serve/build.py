@@ -1,0 +1,174 @@
+"""From settings to an engine: numerics, sizes of the page pool, programs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..model import checkpoint
+from ..model.config import AttentionConfig, ModelConfig
+from ..model.layers import Numerics
+from ..model.matmul import Forms
+from ..model.state import Capacity, make_state, page_bytes, state_bytes, state_spec
+from .engine import Engine
+from .pages import PageAllocator
+from .programs import BucketPlan, Programs
+from .sampling.sampler import Sampler
+from .tokenizer import Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Without a figure from the device: the KV pool takes at most this much unless num_pages says otherwise.
+DEFAULT_POOL_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Build:
+    """The settings of an engine; None means chosen from the model and the device."""
+
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_pages: int | None
+    page_size: int | None
+    seed: int
+    strict: bool
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def choose_numerics(dtype: str | None, stored: str, platform: str | None = None) -> Numerics:
+    """Parameter and compute dtypes for a target platform ("cpu", "tpu", "gpu"; None: the default device's).
+
+    The CPU computes in float32 whatever is stored (its bfloat16 matmuls are an order of magnitude slower).
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}, or None")
+    platform = platform or jax.devices()[0].platform
+    if platform == "cpu":
+        return Numerics(jnp.dtype(dtype or "float32"), jnp.dtype("float32"), Forms(rows="left"), "cpu")
+    chosen = jnp.dtype(dtype or stored)
+    return Numerics(chosen, chosen, platform=platform)
+
+
+def with_length(config: ModelConfig, length: int) -> ModelConfig:
+    """Tell the rope scalings that depend on it how long sequences may become."""
+
+    def block(one):
+        mixer = one.mixer
+        if not isinstance(mixer, AttentionConfig) or mixer.rope is None:
+            return one
+        return replace(one, mixer=replace(mixer, rope=replace(mixer.rope, length=length)))
+
+    return replace(config, blocks=tuple(block(one) for one in config.blocks))
+
+
+def choose_length(config: ModelConfig, asked: int | None) -> int:
+    """max_model_len: what was asked, within what the checkpoint can do."""
+    longest = config.max_position
+    for block in config.blocks:
+        rope = block.mixer.rope if isinstance(block.mixer, AttentionConfig) else None
+        if rope is not None and rope.scaling == "dynamic":
+            longest = max(longest, int(config.max_position * float(dict(rope.parameters)["factor"])))  # type: ignore[arg-type]
+    if asked is not None and asked > longest:
+        raise ValueError(
+            f"max_model_len={asked} exceeds the {longest} positions that this checkpoint was made for; lower "
+            f"it, or use a checkpoint (or a rope scaling in its config.json) made for longer texts"
+        )
+    return asked or config.max_position
+
+
+def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """(num_pages, page_size): room for every seat at full length, unless that is too much memory."""
+    bytes_a_token = page_bytes(config, 1, dtype)
+    if bytes_a_token == 0:
+        return build.max_num_seqs + 1, length
+    size = build.page_size or min(128, max(16, length))
+    wanted = build.max_num_seqs * -(-length // size) + 1
+    if build.num_pages is not None:
+        if build.num_pages < 2:
+            raise ValueError(f"num_pages={build.num_pages} must be at least 2: page 0 is never used")
+        return build.num_pages, size
+    return max(2, min(wanted, pool_bytes() // (bytes_a_token * size))), size
+
+
+def pool_bytes() -> int:
+    """Bytes that the KV pool may take on the default device."""
+    stats = jax.devices()[0].memory_stats() if jax.devices()[0].platform != "cpu" else None
+    if not stats or "bytes_limit" not in stats:
+        return DEFAULT_POOL_BYTES
+    return max(DEFAULT_POOL_BYTES // 8, int(0.9 * stats["bytes_limit"]) - stats["bytes_in_use"] - (1 << 30))
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk unless the user configured JAX's cache already."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "tokenloom" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def build_engine(
+    config: ModelConfig, numerics: Numerics, params: Any, tokenizer: Tokenizer | None, build: Build
+) -> tuple[ModelConfig, Engine]:
+    """An engine with its programs not yet compiled, and the config it runs."""
+    use_compilation_cache()
+    length = choose_length(config, build.max_model_len)
+    config = with_length(config, length)
+    num_pages, page_size = choose_pages(config, build, length, numerics.dtype)
+    pages = PageAllocator(num_pages, page_size)
+    paged = page_bytes(config, 1, numerics.dtype) > 0
+    width = -(-length // page_size) if paged else 0
+    budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
+    graphdef, _ = checkpoint.abstract(config, numerics)
+    capacity = Capacity(num_pages, page_size, build.max_num_seqs, numerics.dtype)
+    programs = Programs(
+        graphdef, params, jax.jit(lambda: make_state(config, capacity))(),
+        Sampler(config.vocab_size, build.max_num_seqs), BucketPlan.make(build.max_num_seqs, budget),
+        page_size=page_size, width=width, strict=build.strict,
+    )  # fmt: skip
+    eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
+    engine = Engine(
+        programs, pages, max_model_len=length, vocab_size=config.vocab_size, budget=budget,
+        tokenizer=tokenizer, eos_ids=eos, seed=build.seed,
+    )  # fmt: skip
+    return config, engine
+
+
+def describe(
+    folder: Path, *, max_model_len: int | None = None, max_num_seqs: int = 8, max_num_batched_tokens: int = 512
+) -> dict[str, Any]:
+    """What an engine on this checkpoint would be, from its config alone: nothing is loaded or compiled."""
+    config = checkpoint.load_config(folder)[1]
+    numerics = choose_numerics(None, config.dtype)
+    build = Build(max_model_len, max_num_seqs, max_num_batched_tokens, None, None, 0, False)
+    length = choose_length(config, max_model_len)
+    num_pages, page_size = choose_pages(config, build, length, numerics.dtype)
+    leaves = jax.tree.leaves(checkpoint.abstract(config, numerics)[1])
+    capacity = Capacity(num_pages, page_size, max_num_seqs, numerics.dtype)
+    plan = BucketPlan.make(max_num_seqs, max(max_num_batched_tokens, max_num_seqs + 1))
+    return {
+        "family": config.model_type,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "parameters": sum(leaf.size for leaf in leaves),
+        "stored_dtype": config.dtype,
+        "runs_as": f"{numerics.param_dtype} weights, {numerics.dtype} activations",
+        "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        "state_bytes": state_bytes(state_spec(config, capacity)),
+        "kv_bytes_per_token": page_bytes(config, 1, numerics.dtype),
+        "pages": f"{num_pages - 1} of {page_size} tokens",
+        "max_model_len": length,
+        "max_num_seqs": max_num_seqs,
+        "bucket_plan": str(plan),
+    }

@@ -1,0 +1,237 @@
+"""The engine: a step schedules, dispatches, and reads the step before it.
+
+The driver is overlapped: while the device runs step i+1, the host reads and postprocesses step i. Sampled
+tokens stay on the device by seat, so the next step never waits for the host.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from time import time
+from typing import Any
+
+import numpy as np
+
+from ..attention.batch import NULL_PAGE, Shape, pack
+from .detokenizer import Detokenizer
+from .pages import PageAllocator
+from .programs import Programs
+from .request import Request, Sample, make_logprobs
+from .sampling.sampler import Sampled
+from .scheduler import Chunk, Scheduler, Sequence, Work
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A dispatched step: its sampled tokens (on the device), which row belongs to whom, prompt scores."""
+
+    sampled: Sampled
+    rows: list[tuple[int, Sequence, int]]
+    logprobs: bool
+    scores: Any
+    scored: list[tuple[int, Chunk]]
+
+
+class Engine:
+    """Continuous batching over one set of compiled programs. Not thread-safe: one driver steps it."""
+
+    def __init__(
+        self, programs: Programs, pages: PageAllocator, *, max_model_len: int, vocab_size: int,
+        budget: int, tokenizer: Tokenizer | None = None, eos_ids: Iterable[int] = (), seed: int = 0,
+    ):  # fmt: skip
+        plan = programs.plan
+        self.programs, self.pages, self.tokenizer = programs, pages, tokenizer
+        self.scheduler = Scheduler(
+            pages, max_num_seqs=plan.max_num_seqs, budget=budget, prompt_rows=plan.prompt_rows
+        )
+        self.max_model_len, self.vocab_size = max_model_len, vocab_size
+        self.eos_ids = frozenset(eos_ids)
+        self.seeds = random.Random(seed)
+        self.in_flight: Launched | None = None
+        self.real_tokens = self.padded_tokens = self.steps = 0
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request; a ValueError says why it can never run, and nothing is changed."""
+        prompt, params = request.prompt_ids, request.params
+        limit = min(self.max_model_len, self.pages.capacity if self.programs.width else self.max_model_len)
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one token (a BOS token, for instance)")
+        if len(prompt) >= limit:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, but at most {limit - 1} fit beside one new token "
+                f"(max_model_len={self.max_model_len}, pages for {self.pages.capacity} tokens); shorten the "
+                f"prompt or raise max_model_len and num_pages"
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"prompt token id {low if low < 0 else high} is outside the vocabulary of "
+                f"{self.vocab_size} (0..{self.vocab_size - 1}); was the prompt made with another tokenizer?"
+            )
+        params.validate_for(self.vocab_size, tokenizer=self.tokenizer is not None)
+        if params.bad_words and self.tokenizer is not None:
+            request.bad_word_ids = self.tokenizer.bad_word_ids(params.bad_words)
+        eos = frozenset() if params.ignore_eos else self.eos_ids
+        end = limit if params.max_tokens is None else min(limit, len(prompt) + params.max_tokens)
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * len(prompt)
+        for index in range(params.n):
+            sequence = Sequence(list(prompt), end)
+            detokenizer = None
+            if self.tokenizer is not None and params.detokenize:
+                detokenizer = Detokenizer(
+                    self.tokenizer, params.skip_special_tokens, params.stop or (),
+                    params.include_stop_str_in_output, params.min_tokens, prompt[-16:],
+                )  # fmt: skip
+            sample = Sample(request, index, sequence, detokenizer, frozenset(params.stop_token_ids or ()), eos)
+            if params.logprobs is not None:
+                sample.logprobs, sample.cumulative_logprob = [], 0.0
+            sequence.owner = sample
+            request.samples.append(sample)
+        for sample in request.samples:
+            self.scheduler.add(sample.sequence)
+
+    def abort(self, request: Request) -> None:
+        """End a request now; what it generated so far stays in its output."""
+        for sample in request.samples:
+            if sample.finish_reason is None:
+                sample.finish_reason = "abort"
+                sample.close()
+                self.scheduler.finish(sample.sequence)
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return self.scheduler.busy or self.in_flight is not None
+
+    def step(self) -> list[Sample]:
+        """Schedule and dispatch one step, then read the previous one; returns the samples that advanced."""
+        with self.programs.watch():
+            work = self.scheduler.schedule()
+            launched = None if work is None else self.launch(work)
+            previous, self.in_flight = self.in_flight, launched
+            return [] if previous is None else self.postprocess(previous)
+
+    def launch(self, work: Work) -> Launched:
+        """Dispatch a step's two programs, and the prompt scores if someone asked."""
+        for sequence in work.admitted:
+            self.programs.admit(sequence.seat, self._sampler_row(sequence.owner))
+        shape, packed, rows = self._pack(work)
+        sampled, prompt_x = self.programs.step(shape, packed)
+        scored = [
+            (at, chunk)
+            for at, chunk in self._offsets(work.chunks)
+            if chunk.sequence.owner.request.prompt_logprobs is not None and chunk.sequence.owner.index == 0
+        ]
+        scores = self._score(prompt_x, scored) if scored else None
+        logprobs = any(sequence.owner.logprobs is not None for _, sequence, _ in rows)
+        sampled.start_copy(logprobs)
+        self.steps += 1
+        self.real_tokens += len(work.decodes) + sum(chunk.count for chunk in work.chunks)
+        self.padded_tokens += shape.T
+        return Launched(sampled, rows, logprobs, scores, scored)
+
+    def _sampler_row(self, sample: Sample) -> dict[str, np.ndarray]:
+        request, params = sample.request, sample.request.params
+        return self.programs.sampler.row(
+            params, prompt_ids=request.prompt_ids, output_ids=sample.token_ids,
+            eos_ids=sorted(sample.eos_ids), seed=request.seed, sample_index=sample.index,
+            bad_word_ids=request.bad_word_ids,
+        )  # fmt: skip
+
+    @staticmethod
+    def _offsets(chunks: list[Chunk]) -> list[tuple[int, Chunk]]:
+        """Where each chunk begins in the prompt part."""
+        offsets, at = [], 0
+        for chunk in chunks:
+            offsets.append((at, chunk))
+            at += chunk.count
+        return offsets
+
+    def _pack(self, work: Work) -> tuple[Shape, np.ndarray, list[tuple[int, Sequence, int]]]:
+        """The step's shape and descriptor, and (row, sequence, epoch) for each row that samples."""
+        shape = self.programs.plan.shape(len(work.decodes), sum(chunk.count for chunk in work.chunks))
+        width, idle_seat = self.programs.width, self.programs.plan.max_num_seqs
+        lengths = np.zeros(shape.rows, np.int32)
+        seats = np.full(shape.rows, idle_seat, np.int32)
+        samples = np.zeros(shape.rows, np.int32)
+        table = np.full((shape.rows, width), NULL_PAGE, np.int32)
+        starts = np.zeros(shape.R + 1, np.int32)
+        prompt = np.zeros(shape.C, np.int32)
+        rows = []
+        for row, sequence in enumerate(work.decodes):
+            lengths[row], seats[row], samples[row] = sequence.computed, sequence.seat, 1
+            table[row, : len(sequence.pages)] = sequence.pages[:width]
+            rows.append((row, sequence, sequence.epoch))
+        end = 0
+        for index, (at, chunk) in enumerate(self._offsets(work.chunks)):
+            sequence, row, end = chunk.sequence, shape.B + index, at + chunk.count
+            prompt[at:end] = sequence.tokens[chunk.start : chunk.start + chunk.count]
+            starts[index + 1] = end
+            lengths[row], seats[row], samples[row] = chunk.start + chunk.count, sequence.seat, chunk.final
+            table[row, : len(sequence.pages)] = sequence.pages[:width]
+            if chunk.final:
+                rows.append((row, sequence, sequence.epoch))
+        starts[len(work.chunks) + 1 :] = end
+        packed = pack(
+            shape, width, lengths=lengths, seats=seats, samples=samples, page_table=table,
+            query_starts=starts, prompt_tokens=prompt,
+        )  # fmt: skip
+        return shape, packed, rows
+
+    def _score(self, prompt_x: Any, scored: list[tuple[int, Chunk]]) -> Any:
+        """Dispatch the log-probabilities of each prompt token's successor."""
+        targets = np.zeros(prompt_x.shape[0], np.int32)
+        for at, chunk in scored:
+            following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
+            targets[at : at + len(following)] = following
+        return self.programs.score(prompt_x, targets)
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def postprocess(self, launched: Launched) -> list[Sample]:
+        """Read a step's tokens, advance its samples, end those that are done."""
+        for at, chunk in launched.scored:
+            self._read_scores(launched.scores, at, chunk)
+        tokens = launched.sampled.tokens()
+        details = launched.sampled.details() if launched.logprobs else None
+        advanced, now = [], time()
+        for row, sequence, epoch in launched.rows:
+            if sequence.finished or sequence.epoch != epoch:
+                continue
+            sample: Sample = sequence.owner
+            sequence.pending -= 1
+            token = int(tokens[row])
+            entry, count = None, sample.request.params.logprobs
+            if details is not None and count is not None:
+                logprob, rank, ids, values = details
+                entry = make_logprobs(
+                    self.tokenizer, token, float(logprob[row]), int(rank[row]), ids[row], values[row], count
+                )
+            sample.accept(token, entry)
+            metrics = sample.request.metrics
+            metrics.first_token_time = metrics.first_token_time or now
+            if sample.finish_reason is not None:
+                self.scheduler.finish(sequence)
+                if sample.request.finished:
+                    metrics.finished_time = now
+            advanced.append(sample)
+        return advanced
+
+    def _read_scores(self, scores: Any, at: int, chunk: Chunk) -> None:
+        request: Request = chunk.sequence.owner.request
+        logprob, rank, ids, values = scores.read()
+        count, entries = request.params.prompt_logprobs, request.prompt_logprobs
+        assert count is not None and entries is not None
+        for place in range(chunk.start, min(chunk.start + chunk.count, len(request.prompt_ids) - 1)):
+            row = at + place - chunk.start
+            entries[place + 1] = make_logprobs(
+                self.tokenizer, request.prompt_ids[place + 1], float(logprob[row]), int(rank[row]), ids[row],
+                values[row], count,
+            )  # fmt: skip
