@@ -1,0 +1,322 @@
+"""The sampler: logits -> processors -> one token a row, with its log-probabilities, all on the device.
+
+One uniform number a row goes through the inverse of the cumulative distribution, in two levels (blocks of
+tokens, then tokens), so nothing is sorted and no noise as wide as the vocabulary is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .keys import Purpose, row_keys, seed_words, uniform
+from .params import MAX_LOGPROBS, SamplingParams
+from .processors import (
+    Context,
+    Known,
+    LogitBias,
+    Penalties,
+    Processor,
+    State,
+    Temperature,
+    TokenMask,
+)
+from .truncation import Truncation
+
+BLOCK = 128
+
+DEFAULT: tuple[Processor, ...] = (Penalties(), TokenMask(), LogitBias(), Temperature(), Truncation())
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "last_token", "seeds", "sample_index", "prompt_length", "greedy", "asks", "processed", "processors",
+    ],
+    meta_fields=[],
+)  # fmt: skip
+@dataclass(frozen=True)
+class SamplerState:
+    """What outlives a step, by seat; the last of the S + 1 seats is padding.
+
+    last_token     i32[S+1]    the token that each request's next step starts from
+    seeds          u32[S+1,2]  64-bit seed, (high, low)
+    sample_index   i32[S+1]    which of the request's n samples this is
+    prompt_length  i32[S+1]    tokens of the prompt; a position minus it is the number of generated tokens
+    greedy         bool[S+1]   take the most likely token
+    asks           bool[S+1]   wants log-probabilities
+    processed      bool[S+1]   ... of the processed logits
+    processors     a state for each processor
+    """
+
+    last_token: jax.Array
+    seeds: jax.Array
+    sample_index: jax.Array
+    prompt_length: jax.Array
+    greedy: jax.Array
+    asks: jax.Array
+    processed: jax.Array
+    processors: tuple[State, ...]
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of N tokens on the host: logprob f32[N], rank i32[N] (1 = most likely; ties by id),
+    top_ids i32[N,K] and top_logprobs f32[N,K], most likely first."""
+
+    logprob: np.ndarray
+    rank: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["token", "detail"], meta_fields=[])
+@dataclass(frozen=True)
+class Sampled:
+    """token i32[N], read every step; detail i32[N,2+2K], read when a request asked for log-probabilities.
+
+    Where no live row of the step asked, only the token's own log-probability in `detail` is meaningful.
+    """
+
+    token: jax.Array
+    detail: jax.Array
+
+    @property
+    def logprob(self) -> jax.Array:
+        return jax.lax.bitcast_convert_type(self.detail[:, 0], jnp.float32)
+
+    @property
+    def rank(self) -> jax.Array:
+        return self.detail[:, 1]
+
+    @property
+    def top_ids(self) -> jax.Array:
+        return self.detail[:, 2 : 2 + (self.detail.shape[1] - 2) // 2]
+
+    @property
+    def top_logprobs(self) -> jax.Array:
+        tops = self.detail[:, 2 + (self.detail.shape[1] - 2) // 2 :]
+        return jax.lax.bitcast_convert_type(tops, jnp.float32)
+
+
+def read(detail: np.ndarray) -> Scores:
+    """Take apart, on the host, what `score` packed: i32[N,2+2K]."""
+    K = (detail.shape[1] - 2) // 2
+    floats = np.ascontiguousarray(detail).view(np.float32)
+    return Scores(floats[:, 0], detail[:, 1], detail[:, 2 : 2 + K], floats[:, 2 + K :])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Settings of the sampler; all methods are pure. `seats` is S = max_num_seqs; V = `vocab_size`."""
+
+    vocab_size: int
+    seats: int
+    processors: tuple[Processor, ...] = DEFAULT
+    max_logprobs: int = MAX_LOGPROBS
+
+    def __post_init__(self) -> None:
+        stages = [processor.stage for processor in self.processors]
+        if stages != sorted(stages):
+            raise ValueError(
+                f"processors stand in the order {[s.name for s in stages]}; put them in the order of their "
+                "stages: sorted(processors, key=lambda p: p.stage)"
+            )
+
+    def init(self) -> SamplerState:
+        """A state in which every seat is empty (greedy, nothing asked)."""
+        S = self.seats + 1
+        return SamplerState(
+            last_token=jnp.zeros((S,), jnp.int32),
+            seeds=jnp.zeros((S, 2), jnp.uint32),
+            sample_index=jnp.zeros((S,), jnp.int32),
+            prompt_length=jnp.zeros((S,), jnp.int32),
+            greedy=jnp.ones((S,), bool),
+            asks=jnp.zeros((S,), bool),
+            processed=jnp.zeros((S,), bool),
+            processors=tuple(p.init(self.seats, self.vocab_size) for p in self.processors),
+        )
+
+    def row(
+        self,
+        params: SamplingParams,
+        *,
+        prompt_ids: Sequence[int] | np.ndarray,
+        output_ids: Sequence[int] | np.ndarray = (),
+        eos_ids: Sequence[int] = (),
+        seed: int = 0,
+        sample_index: int = 0,
+        bad_word_ids: Sequence[Sequence[int]] = (),
+    ) -> dict[str, np.ndarray]:
+        """A request's numbers, on the host, for `admit`; names and shapes are the same for all requests.
+
+        seed is 64 bits, sample_index counts the request's n samples, bad_word_ids are `params.bad_words` as
+        token sequences. Token ids were checked by `params.validate_for`.
+        """
+        prompt, output = np.asarray(prompt_ids, np.int32), np.asarray(output_ids, np.int32)
+        known = Known(prompt, output, tuple(eos_ids), tuple(map(tuple, bad_word_ids)))
+        self._check_known(known)
+        last = output[-1] if len(output) else prompt[-1] if len(prompt) else 0
+        row = {
+            "last_token": np.array(last, np.int32),
+            "seeds": seed_words(seed),
+            "sample_index": np.array(sample_index, np.int32),
+            "prompt_length": np.array(len(prompt), np.int32),
+            "greedy": np.array(params.greedy),
+            "asks": np.array(params.logprobs is not None),
+            "processed": np.array(params.logprobs is not None and params.logprobs_mode == "processed"),
+        }
+        for i, processor in enumerate(self.processors):
+            for name, value in processor.row(params, known, self.vocab_size).items():
+                row[f"{i}.{name}"] = value
+        return row
+
+    def _check_known(self, known: Known) -> None:
+        groups = {"prompt": known.prompt_ids, "output": known.output_ids, "eos": known.eos_ids}
+        groups |= {f"bad word {i}": word for i, word in enumerate(known.bad_word_ids)}
+        for name, ids in groups.items():
+            ids = np.asarray(ids, np.int64)
+            if name.startswith("bad") and not len(ids):
+                raise ValueError(f"{name} has no tokens; drop it")
+            if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
+                raise ValueError(
+                    f"{name} has token ids from {ids.min()} to {ids.max()}, but the sampler's vocabulary has "
+                    f"{self.vocab_size} tokens; use the model's own tokenizer"
+                )
+
+    def admit(self, state: SamplerState, seat: jax.Array | int, row: dict[str, np.ndarray]) -> SamplerState:
+        """Write a row at its seat: everything a former occupant left there is overwritten."""
+        own = {name: value for name, value in row.items() if "." not in name}
+        placed = {name: getattr(state, name).at[seat].set(value) for name, value in own.items()}
+        processors = []
+        for i, (processor, held) in enumerate(zip(self.processors, state.processors, strict=True)):
+            processors.append(processor.admit(held, jnp.asarray(seat), {k: row[f"{i}.{k}"] for k in held}))
+        return replace(state, **placed, processors=tuple(processors))
+
+    def sample(
+        self, state: SamplerState, logits: jax.Array, seats: jax.Array, positions: jax.Array, live: jax.Array
+    ) -> tuple[Sampled, SamplerState]:
+        """One token a row from logits [N,V], seats i32[N], absolute positions i32[N] of the tokens being
+        sampled, and live bool[N]; rows that are not live leave no trace and their results mean nothing."""
+        logits = logits.astype(jnp.float32)
+        seats = jnp.where(live, seats, self.seats)
+        ctx = Context(positions, positions - state.prompt_length[seats], live)
+        wanted = [
+            (live & processor.wanted(held, seats, ctx)).any()
+            for processor, held in zip(self.processors, state.processors, strict=True)
+        ]
+        token, detail = jax.lax.cond(
+            jnp.stack(wanted).any() if wanted else jnp.bool_(False),
+            lambda: self._finish(state, logits, self._process(state, logits, seats, ctx, wanted), seats, ctx),
+            lambda: self._finish(state, logits, logits, seats, ctx),
+        )
+        with jax.named_scope("update"):
+            processors = tuple(
+                processor.update(held, seats, token, live)
+                for processor, held in zip(self.processors, state.processors, strict=True)
+            )
+            last = state.last_token.at[seats].set(jnp.where(live, token, 0))
+        return Sampled(token, detail), replace(state, last_token=last, processors=processors)
+
+    def _process(self, state, logits, seats, ctx, wanted) -> jax.Array:
+        """The processors in order, each only when a live row wants it."""
+        z = logits
+        for processor, held, any_row in zip(self.processors, state.processors, wanted, strict=True):
+            with jax.named_scope(type(processor).__name__):
+                z = jax.lax.cond(
+                    any_row, lambda z, p=processor, h=held: p.apply(h, seats, z, ctx), lambda z: z, z
+                )
+        return z
+
+    def _finish(self, state, raw, z, seats, ctx) -> tuple[jax.Array, jax.Array]:
+        """Token and detail from raw and processed logits."""
+        live, draws = ctx.live, ctx.live & ~state.greedy[seats]
+
+        def drawn(best):
+            keys = row_keys(state.seeds[seats], state.sample_index[seats], ctx.positions, Purpose.SAMPLE)
+            return jnp.where(draws, draw(z, uniform(keys), best), best)
+
+        with jax.named_scope("draw"):
+            token = jax.lax.cond(draws.any(), drawn, lambda best: best, first_argmax(z))
+        with jax.named_scope("score"):
+            K = min(self.max_logprobs, self.vocab_size)
+            processed = live & state.processed[seats]
+
+            def full():
+                return score(raw if z is raw else jnp.where(processed[:, None], z, raw), token, K)
+
+            def own():
+                bits = jax.lax.bitcast_convert_type(logprob_of(raw, token), jnp.int32)
+                return jnp.zeros((len(token), 2 + 2 * K), jnp.int32).at[:, 0].set(bits)
+
+            detail = jax.lax.cond((live & state.asks[seats]).any(), full, own)
+        return token, detail
+
+
+def first_argmax(z: jax.Array) -> jax.Array:
+    """i32[N]: the lowest id of the largest logit of each row (a maximum and a minimum; XLA's argmax is slower)."""
+    V = z.shape[1]
+    ids = jnp.arange(V, dtype=jnp.int32)
+    best = jnp.where(z == z.max(-1, keepdims=True), ids, V).min(-1)
+    return jnp.minimum(best, V - 1)
+
+
+def draw(z: jax.Array, u: jax.Array, fallback: jax.Array) -> jax.Array:
+    """i32[N]: tokens from softmax(z) by the inverse of its cumulative distribution at u f32[N] in [0, 1).
+
+    Only entries of positive weight are candidates, on both levels, and where rounding leaves u past the last
+    of them, the last is taken: a token of probability zero is never drawn. Rows without any positive weight
+    (logits that are not numbers) give `fallback` i32[N].
+    """
+    N, V = z.shape
+    padded = jnp.pad(z, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf)
+    weights = jnp.exp(padded - z.max(-1, keepdims=True)).reshape(N, -1, BLOCK)
+    sums = weights.sum(-1)
+    ends = jnp.cumsum(sums, axis=-1)
+    goal = u * ends[:, -1]
+    block = first_beyond(ends, sums, goal)
+    at = block[:, None]
+    start = jnp.take_along_axis(ends, at, 1)[:, 0] - jnp.take_along_axis(sums, at, 1)[:, 0]
+    inner = jnp.take_along_axis(weights, at[:, :, None], 1)[:, 0]
+    token = block * BLOCK + first_beyond(jnp.cumsum(inner, axis=-1), inner, goal - start)
+    usable = jnp.take_along_axis(inner, (token % BLOCK)[:, None], 1)[:, 0] > 0
+    return jnp.where(usable, token, fallback)
+
+
+def first_beyond(ends: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
+    """i32[N]: the first entry with positive weight whose cumulative sum `ends` [N,M] is beyond goal [N], else
+    the last with positive weight, else 0."""
+    M = weights.shape[1]
+    ids = jnp.arange(M, dtype=jnp.int32)
+    positive = weights > 0
+    first = jnp.where(positive & (ends > goal[:, None]), ids, M).min(-1)
+    last = jnp.where(positive, ids, 0).max(-1)
+    return jnp.minimum(first, last)
+
+
+def logprob_of(z: jax.Array, tokens: jax.Array) -> jax.Array:
+    """f32[N]: log softmax(z)[token]."""
+    return jnp.take_along_axis(z, tokens[:, None], 1)[:, 0] - jax.nn.logsumexp(z, axis=-1)
+
+
+def score(z: jax.Array, tokens: jax.Array, K: int) -> jax.Array:
+    """i32[N,2+2K] from logits [N,V] and tokens i32[N]: the token's log-probability (bits), its rank, the ids of
+    the K most likely tokens and their log-probabilities (bits). `read` takes it apart on the host."""
+    total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    own = jnp.take_along_axis(z, tokens[:, None], 1)
+    ids = jnp.arange(z.shape[1], dtype=jnp.int32)
+    ahead = (z > own) | ((z == own) & (ids < tokens[:, None]))
+    rank = 1 + ahead.sum(-1, keepdims=True, dtype=jnp.int32)
+    top, top_ids = jax.lax.top_k(z, K)
+    floats = jax.lax.bitcast_convert_type(jnp.concatenate([own, top], 1) - total, jnp.int32)
+    return jnp.concatenate([floats[:, :1], rank, top_ids.astype(jnp.int32), floats[:, 1:]], 1)
+
+
+def prompt_logprobs(logits: jax.Array, targets: jax.Array, K: int) -> jax.Array:
+    """Packed log-probabilities of prompt tokens: `score` on logits [N,V] that predict targets i32[N]."""
+    return score(logits.astype(jnp.float32), targets, K)

@@ -1,0 +1,152 @@
+"""Top-k, top-p and min-p without sorting: all three are thresholds on a row, found by bisection.
+
+A bisection keeps a bracket [low, high) of thresholds, as integers in the order of float32, and halves it until
+one token, or one group of equal tokens, is left inside: at most 32 passes over the row whatever the logits are,
+usually half as many. Where the edge falls inside a group of equal tokens, those with the lower ids are kept, so
+the kept set is that of a stable descending sort.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .params import SamplingParams
+from .processors import Context, Known, Row, Stage, State, place
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Min-p (Nguyen et al. 2024, arXiv 2407.01082), then top-k (Fan et al. 2018), then top-p over what is left,
+    renormalised (Holtzman et al. 2019, arXiv 1904.09751): vLLM's order. Dropped tokens get -inf."""
+
+    stage: Stage = Stage.TRUNCATE
+
+    def init(self, seats: int, vocab: int) -> State:
+        return {
+            "top_k": jnp.zeros((seats + 1,), jnp.int32),
+            "top_p": jnp.ones((seats + 1,), jnp.float32),
+            "log_min_p": jnp.full((seats + 1,), -jnp.inf, jnp.float32),
+        }
+
+    def row(self, params: SamplingParams, known: Known, vocab: int) -> Row:
+        off = params.greedy  # the most likely token is kept in any case
+        log_min_p = np.log(params.min_p) if params.min_p > 0 and not off else -np.inf
+        top_p = max(np.float32(params.top_p), np.finfo(np.float32).tiny)
+        top_k = 0 if off or params.top_k >= vocab else max(params.top_k, 0)
+        return {
+            "top_k": np.array(top_k, np.int32),
+            "top_p": np.array(1.0 if off else top_p, np.float32),
+            "log_min_p": np.array(log_min_p, np.float32),
+        }
+
+    def admit(self, state: State, seat: jax.Array, row: Row) -> State:
+        return place(state, seat, row)
+
+    def wanted(self, state: State, seats: jax.Array, ctx: Context) -> jax.Array:
+        top_p, log_min_p = state["top_p"][seats], state["log_min_p"][seats]
+        return (state["top_k"][seats] > 0) | (top_p < 1.0) | (log_min_p > -jnp.inf)
+
+    def apply(self, state: State, seats: jax.Array, logits: jax.Array, ctx: Context) -> jax.Array:
+        top_k, top_p, log_min_p = (state[name][seats] for name in ("top_k", "top_p", "log_min_p"))
+        top = logits.max(-1, keepdims=True)
+        z = jnp.where(logits - top < log_min_p[:, None], -jnp.inf, logits)
+        z = jax.lax.cond((ctx.live & (top_k > 0)).any(), keep_top_k, lambda z, _: z, z, top_k)
+        return jax.lax.cond((ctx.live & (top_p < 1.0)).any(), keep_top_p, lambda z, _: z, z, top_p)
+
+    def update(self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array) -> State:
+        return state
+
+
+class Edge(NamedTuple):
+    """Where a row is cut. All tokens at or above `low` are `upto` many and weigh `mass`; those above the edge are
+    `above` many and weigh `mass_above`; if the difference is more than one token, the others equal `low`."""
+
+    low: jax.Array
+    upto: jax.Array
+    above: jax.Array
+    mass: jax.Array
+    mass_above: jax.Array
+
+
+def keep_top_k(z: jax.Array, k: jax.Array) -> jax.Array:
+    """z [N,V] with -inf outside the k i32[N] largest logits of a row; k = 0 keeps the row."""
+    edge = bisect(z, None, k, k > 0)
+    return jnp.where((k > 0)[:, None], cut(z, edge, k - edge.above), z)
+
+
+def keep_top_p(z: jax.Array, p: jax.Array) -> jax.Array:
+    """z [N,V] with -inf outside the fewest largest logits whose share of the softmax reaches p f32[N]."""
+    top = z.max(-1, keepdims=True)
+    weights = jnp.exp(z - top)
+    target = p * weights.sum(-1)
+    edge = bisect(z, weights, target, p < 1.0)
+    equal = edge.upto - edge.above
+    needed = jnp.ceil((target - edge.mass_above) * equal / (edge.mass - edge.mass_above))
+    ties = jnp.clip(needed.astype(jnp.int32), 1, equal)
+    return jnp.where((p < 1.0)[:, None], cut(z, edge, ties), z)
+
+
+def bisect(z: jax.Array, weights: jax.Array | None, target: jax.Array, active: jax.Array) -> Edge:
+    """The largest threshold at which the tokens z >= threshold still reach `target` [N], for `active` rows.
+
+    What they reach is their number, or their `weights` [N,V] summed. Both fall as the threshold rises, also
+    in floating point: a sum in fixed order is monotone in each of its terms.
+    """
+
+    def measure(key):
+        inside = z >= from_key(key)[:, None]
+        count = inside.sum(-1, dtype=jnp.int32)
+        return count, count if weights is None else jnp.where(inside, weights, 0.0).sum(-1)
+
+    def done(low, high, edge):
+        enough = edge.mass == target if weights is None else False
+        return ~active | (edge.upto - edge.above <= 1) | (high <= low + 1) | enough
+
+    def halve(carry):
+        low, high, edge = carry
+        middle = (low & high) + ((low ^ high) >> 1)
+        count, mass = measure(middle)
+        reached = mass >= target
+        upto, above = jnp.where(reached, count, edge.upto), jnp.where(reached, edge.above, count)
+        mass, mass_above = jnp.where(reached, mass, edge.mass), jnp.where(reached, edge.mass_above, mass)
+        stay = done(low, high, edge)
+        new = (jnp.where(reached, middle, low), jnp.where(reached, high, middle))
+        edge = Edge(edge.low, upto, above, mass, mass_above)
+        return jax.tree.map(lambda old, new: jnp.where(stay, old, new), carry, (*new, edge))
+
+    low = jnp.full(z.shape[:1], to_key(jnp.float32(-jnp.inf)), jnp.int32)
+    high = to_key(z.max(-1)) + 1
+    count, mass = measure(low)
+    none = jnp.zeros_like(count)
+    start = (low, high, Edge(none.astype(jnp.float32), count, none, mass, jnp.zeros_like(mass)))
+    low, _, edge = jax.lax.while_loop(lambda carry: ~done(*carry).all(), halve, start)
+    return edge._replace(low=from_key(low))
+
+
+def cut(z: jax.Array, edge: Edge, ties: jax.Array) -> jax.Array:
+    """z [N,V] with -inf below the edge and, of the tokens at the edge, beyond the first `ties` i32[N]."""
+    kept = z >= edge.low[:, None]
+    split = ties < edge.upto - edge.above
+
+    def by_id(kept):
+        at_edge = z == edge.low[:, None]
+        late = at_edge & (jnp.cumsum(at_edge, axis=-1, dtype=jnp.int32) > ties[:, None])
+        return kept & ~(late & split[:, None])
+
+    return jnp.where(jax.lax.cond(split.any(), by_id, lambda kept: kept, kept), z, -jnp.inf)
+
+
+def to_key(x: jax.Array) -> jax.Array:
+    """i32 in the order of float32 x: the bits, with those of negative numbers turned round."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def from_key(key: jax.Array) -> jax.Array:
+    """The inverse of `to_key`."""
+    return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
