@@ -18,7 +18,7 @@ from flax import nnx
 from ..attention.batch import Batch
 from .channels.mlp import MLP
 from .channels.moe import MoE
-from .config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig
+from .config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, MoEConfig
 from .layers import Embedding, Linear, Norm, Numerics
 from .mixers.attention import Attention
 from .mixers.mamba2 import Mamba2

@@ -40,20 +40,20 @@ def ssd(
         padded = jnp.pad(a, ((0, count * step - L),) + ((0, 0),) * (a.ndim - 1))
         return padded.reshape(count, step, *a.shape[1:])
 
+    if count == 1:
+        return _chunk(x, dt, A, B, C, initial)
+
     def carry(state, parts):
-        y, state = _chunk(*parts, A, state)
+        x, dt, B, C = parts
+        y, state = _chunk(x, dt, A, B, C, state)
         return state, y
 
-    parts = (blocks(x), blocks(dt), blocks(B), blocks(C))
-    if count == 1:
-        final, y = carry(initial, [part[0] for part in parts])
-        return y, final
-    final, y = lax.scan(carry, initial, parts)
+    final, y = lax.scan(carry, initial, (blocks(x), blocks(dt), blocks(B), blocks(C)))
     return y.reshape(count * step, *x.shape[1:])[:L], final
 
 
 def _chunk(
-    x: jax.Array, dt: jax.Array, B: jax.Array, C: jax.Array, A: jax.Array, state: jax.Array
+    x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, state: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One chunk of `ssd`, as matrix products; g is the group, k the head in it."""
     step, heads, dim = x.shape

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
 from tokenloom.attention.batch import Batch, Shape, make_batch, rectangle
 from tokenloom.attention.caches.recurrent import RecurrentState, Stateless
 from tokenloom.model.config import Mamba2Config
@@ -248,7 +247,7 @@ def test_idle_rows_leave_every_seat_alone(mixer):
 
 
 def test_refusals_name_both_sides(mixer):
-    made, call = mixer
+    _, call = mixer
     with pytest.raises(ValueError, match="prompt rows: use RecurrentState"):
         call(features(C), prompt([5], [0], [5], C), Stateless())
     with pytest.raises(ValueError, match="4 heads cannot share 3 groups"):

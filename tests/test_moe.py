@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
 from tokenloom.attention.batch import Batch, rectangle
 from tokenloom.model.channels.moe import MoE, route
 from tokenloom.model.config import MoEConfig
 from tokenloom.model.grouped_matmul import grouped_matmul
 from tokenloom.model.layers import Numerics
 
-E, X, I, K = 8, 6, 5, 2
+E, X, WIDTH, K = 8, 6, 5, 2
 PLATFORMS = ("cpu", "gpu")
 
 
@@ -24,7 +23,7 @@ def batch_of(tokens: int, valid: np.ndarray | None = None) -> Batch:
 
 
 def mixture(platform: str = "cpu", normalise: bool = True) -> MoE:
-    config = MoEConfig(X, K, I, "silu", normalise)
+    config = MoEConfig(X, K, WIDTH, "silu", normalise)
     return MoE(config, E, numerics=Numerics(platform=platform), rngs=nnx.Rngs(0))
 
 
@@ -98,11 +97,11 @@ def test_padding_is_without_influence(platform):
 
 def test_an_idle_expert_is_not_read():
     """On the loop back end a matrix of nan does no harm where no row goes."""
-    x, w = tokens(9), np.random.default_rng(2).standard_normal((X, I, E)).astype(np.float32)
+    x, w = tokens(9), np.random.default_rng(2).standard_normal((X, WIDTH, E)).astype(np.float32)
     sizes = np.array([0, 4, 0, 0, 3, 0], np.int32)
     w[sizes == 0] = np.nan
     y = np.asarray(grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes), "cpu"))
-    expected = np.concatenate([x[:4] @ w[1].T, x[4:7] @ w[4].T, np.zeros((2, I))])
+    expected = np.concatenate([x[:4] @ w[1].T, x[4:7] @ w[4].T, np.zeros((2, WIDTH))])
     np.testing.assert_allclose(y, expected, atol=2e-6)
 
 
@@ -115,16 +114,16 @@ def test_grouped_matmul_at_the_edges_of_tiles(platform, sizes):
     rng = np.random.default_rng(3)
     for spare in (1, 5):
         x = rng.standard_normal((sum(sizes) + spare, E)).astype(np.float32)
-        w = rng.standard_normal((3, I, E)).astype(np.float32)
+        w = rng.standard_normal((3, WIDTH, E)).astype(np.float32)
         y = grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes, jnp.int32), platform)
         groups = np.repeat(np.arange(3), sizes)
-        expected = np.zeros((len(x), I))
+        expected = np.zeros((len(x), WIDTH))
         expected[: len(groups)] = np.einsum("ne,noe->no", x[: len(groups)].astype(np.float64), w[groups])
         np.testing.assert_allclose(np.asarray(y), expected, atol=2e-5)
 
 
 def test_refusals_name_both_sides():
-    with pytest.raises(ValueError, match="platform 'abacus'.*known: cpu"):
+    with pytest.raises(ValueError, match=r"platform 'abacus'.*known: cpu"):
         grouped_matmul(jnp.ones((1, 2)), jnp.ones((1, 2, 2)), jnp.ones((1,), jnp.int32), "abacus")
-    with pytest.raises(ValueError, match="7 of 6 experts.*top_k"):
-        MoE(MoEConfig(6, 7, I), E, numerics=Numerics(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"7 of 6 experts.*top_k"):
+        MoE(MoEConfig(6, 7, WIDTH), E, numerics=Numerics(), rngs=nnx.Rngs(0))

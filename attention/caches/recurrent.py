@@ -47,6 +47,7 @@ class RecurrentState:
     ) -> tuple[jax.Array, RecurrentState]:
         """inputs [T, ...] of a batch -> outputs [T, ...], and the state after it."""
         B, q, R = batch.shape.B, batch.shape.q, batch.shape.R
+        zero = zero[0].astype(self.conv.dtype), zero[1].astype(self.ssm.dtype)
         state, parts = self, []
         if B:
             out, state = state._rows(advance, inputs[: B * q].reshape(B, q, *inputs.shape[1:]), zero, batch)

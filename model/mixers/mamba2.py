@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -51,7 +53,8 @@ class Mamba2(nnx.Module):
                 f"{config.heads} heads cannot share {config.groups} groups evenly; fix the config"
             )
         self.config, self.dtype = config, numerics.dtype
-        c, kinds = config, dict(numerics=numerics, rngs=rngs)
+        c = config
+        kinds: dict[str, Any] = dict(numerics=numerics, rngs=rngs)
         outputs = c.inner + c.conv_dim + c.heads
         self.in_proj = Linear(hidden, outputs, (None, "embed"), bias=c.proj_bias, **kinds)
         self.conv = Conv(c.conv_dim, c.conv, bias=c.conv_bias, **kinds)
