@@ -10,7 +10,7 @@ A family is a module named by the checkpoint's `model_type` that exports three t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,11 @@ def source(
     return options[0] if len(options) == 1 else Either(options)
 
 
+def rows(name: str, start: int, stop: int) -> Source:
+    """Rows start..stop of a stored tensor that fuses several."""
+    return Source(name, lambda view: view[start:stop])
+
+
 def need(raw: dict, name: str) -> int:
     """A whole number that a config cannot do without."""
     value = raw.get(name)
@@ -77,13 +82,27 @@ def number(raw: dict, name: str, default: float) -> float:
     return float(value)
 
 
-def heads(raw: dict) -> tuple[int, int, int]:
+def optional(raw: dict, name: str, default: float | None) -> float | None:
+    """A number that null switches off; `default` where the key is missing."""
+    return default if name not in raw else None if raw[name] is None else number(raw, name, 0.0)
+
+
+def refuse(raw: dict, name: str, why: str) -> None:
+    """A switch that we do not implement must be off."""
+    if raw.get(name):
+        raise ValueError(f"config.json sets {name} = {raw[name]!r}, which is not supported: {why}")
+
+
+def heads(raw: dict, default_dim: int | None = None) -> tuple[int, int, int]:
     """(query heads, KV heads, head dim), with the defaults of configs that leave the latter two out."""
     query = need(raw, "num_attention_heads")
     kv = query if raw.get("num_key_value_heads") is None else need(raw, "num_key_value_heads")
-    dim = need(raw, "hidden_size") // query if raw.get("head_dim") is None else need(raw, "head_dim")
+    dim = default_dim or need(raw, "hidden_size") // query
+    dim = dim if raw.get("head_dim") is None else need(raw, "head_dim")
     if query % kv:
-        raise ValueError(f"num_attention_heads = {query} is not a multiple of num_key_value_heads = {kv}")
+        raise ValueError(
+            f"num_attention_heads = {query} is not a multiple of num_key_value_heads = {kv}; correct the config"
+        )
     return query, kv, dim
 
 
@@ -123,8 +142,11 @@ def rope(
     theta: float = 10000.0,
     max_position: int = 2048,
     partial: float = 1.0,
+    renamed: Mapping[str, str] | None = None,
 ) -> RopeConfig:
     """Rotary positions from either generation of keys; `theta`, `max_position` and `partial` are defaults.
+
+    `renamed` maps a family's own names of scalings to ours.
 
     New files keep all in `rope_parameters`, flat or one dict a layer type (then `layer_type` picks one); older
     files have `rope_theta`, `partial_rotary_factor` and `rope_scaling` (with `type` or `rope_type`).
@@ -137,7 +159,7 @@ def rope(
     base = number(facts, "rope_theta", number(raw, "rope_theta", theta))
     share = number(facts, "partial_rotary_factor", number(raw, "partial_rotary_factor", partial))
     kind = facts.get("rope_type") or facts.get("type") or "default"
-    scaling = ROPE_RENAMED.get(kind, kind)
+    scaling = {**ROPE_RENAMED, **(renamed or {})}.get(kind, kind)
     dim = int(head_dim * share)
     if scaling is None:
         return RopeConfig(base, dim, max_position=limit)
@@ -150,15 +172,22 @@ def rope(
     return RopeConfig(base, dim, scaling, tuple(sorted(kept.items())), limit)
 
 
-def layer_types(raw: dict, layers: int, default: Callable[[int], bool]) -> tuple[bool, ...]:
+def sliding_layers(raw: dict, default: Callable[[int], bool]) -> tuple[bool, ...]:
     """For each layer, whether it has a sliding window: `layer_types` where given, else `default(index)`."""
-    given = raw.get("layer_types")
+    layers, given = need(raw, "num_hidden_layers"), raw.get("layer_types")
     if given is None:
         return tuple(default(index) for index in range(layers))
     known = ("sliding_attention", "full_attention")
     if len(given) != layers or any(kind not in known for kind in given):
         raise ValueError(f"layer_types = {given} must name one of {known} for each of {layers} layers")
     return tuple(kind == "sliding_attention" for kind in given)
+
+
+def upper_windows(raw: dict) -> tuple[int | None, ...]:
+    """The window of each layer where `use_sliding_window` gives one to layers from `max_window_layers` on."""
+    size = window(raw, 4096) if raw.get("use_sliding_window") else None
+    first = int(number(raw, "max_window_layers", 28))
+    return tuple(size if sliding else None for sliding in sliding_layers(raw, lambda index: index >= first))
 
 
 def window(raw: dict, default: int | None = None) -> int | None:
@@ -173,7 +202,7 @@ def mlp(raw: dict, act: str, *, bias: bool = False) -> MLPConfig:
 
 
 def decoder(
-    raw: dict, blocks: tuple, norm: NormConfig, *, tie: bool, max_position: int = 2048, **more
+    raw: dict, blocks: tuple, norm: NormConfig, *, tie: bool = False, max_position: int = 2048, **more
 ) -> ModelConfig:
     """The rest of a ModelConfig; `tie` and `max_position` are the defaults of the family."""
     tied = raw.get("tie_word_embeddings")
@@ -193,6 +222,7 @@ def decoder(
 
 
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def llama_weights(
