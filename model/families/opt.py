@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, NormConfig
 from . import common
 from .common import Weights
@@ -26,14 +28,14 @@ def config(raw: dict) -> ModelConfig:
     made = common.decoder(
         raw,
         (block,) * common.need(raw, "num_hidden_layers"),
-        norm if before and not raw.get("_remove_final_layer_norm") else None,
+        norm,
         tie=True,
         learned_positions=(positions + OFFSET, OFFSET),
         embed_size=None
         if size in (None, raw.get("hidden_size"))
         else common.need(raw, "word_embed_proj_dim"),
     )
-    return made
+    return made if before and not raw.get("_remove_final_layer_norm") else replace(made, final_norm=None)
 
 
 def weights(config: ModelConfig) -> Weights:
