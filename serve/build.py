@@ -145,7 +145,11 @@ def build_engine(
 
 
 def describe(
-    folder: Path, *, max_model_len: int | None = None, max_num_seqs: int = 8, max_num_batched_tokens: int = 512
+    folder: Path,
+    *,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 512,
 ) -> dict[str, Any]:
     """What an engine on this checkpoint would be, from its config alone: nothing is loaded or compiled."""
     config = checkpoint.load_config(folder)[1]

@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--top-p", type=float, default=1.0)
         command.add_argument("--top-k", type=int, default=0)
         command.add_argument("--seed", type=int)
-        command.add_argument("--stop", action="append", help="end the output here; may be given several times")
+        command.add_argument(
+            "--stop", action="append", help="end the output here; may be given several times"
+        )
 
     info = commands.add_parser("info", help="family, parameters, memory and bucket plan of a model")
     info.add_argument("model", nargs="?", default="demo")
@@ -140,7 +142,9 @@ def _bench(arguments: argparse.Namespace) -> int:
                 f"max_model_len {llm.engine.max_model_len}; lower them or raise --max-model-len"
             )
         print(llm)
-        for line in measure(llm, arguments.batch, arguments.prompt_len, arguments.output_len, arguments.repeat):
+        for line in measure(
+            llm, arguments.batch, arguments.prompt_len, arguments.output_len, arguments.repeat
+        ):
             print(line)
     return 0
 

@@ -18,8 +18,8 @@ from ..attention.batch import NULL_PAGE, Shape, pack
 from .detokenizer import Detokenizer
 from .pages import PageAllocator
 from .programs import Programs
-from .request import Request, Sample, make_logprobs
-from .sampling.sampler import Sampled
+from .request import Request, Sample, bad_word_ids, make_logprobs
+from .sampling.sampler import Sampled, Scores, read
 from .scheduler import Chunk, Scheduler, Sequence, Work
 from .tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ class Engine:
             )
         params.validate_for(self.vocab_size, tokenizer=self.tokenizer is not None)
         if params.bad_words and self.tokenizer is not None:
-            request.bad_word_ids = self.tokenizer.bad_word_ids(params.bad_words)
+            request.bad_word_ids = bad_word_ids(self.tokenizer, params.bad_words)
         eos = frozenset() if params.ignore_eos else self.eos_ids
         end = limit if params.max_tokens is None else min(limit, len(prompt) + params.max_tokens)
         if params.prompt_logprobs is not None:
@@ -88,11 +88,14 @@ class Engine:
                     self.tokenizer, params.skip_special_tokens, params.stop or (),
                     params.include_stop_str_in_output, params.min_tokens, prompt[-16:],
                 )  # fmt: skip
-            sample = Sample(request, index, sequence, detokenizer, frozenset(params.stop_token_ids or ()), eos)
+            sample = Sample(
+                request, index, sequence, detokenizer, frozenset(params.stop_token_ids or ()), eos
+            )
             if params.logprobs is not None:
                 sample.logprobs, sample.cumulative_logprob = [], 0.0
             sequence.owner = sample
             request.samples.append(sample)
+        self._sampler_row(request.samples[0])  # what the sampler cannot hold is refused here, not in a step
         for sample in request.samples:
             self.scheduler.add(sample.sequence)
 
@@ -131,7 +134,8 @@ class Engine:
         ]
         scores = self._score(prompt_x, scored) if scored else None
         logprobs = any(sequence.owner.logprobs is not None for _, sequence, _ in rows)
-        sampled.start_copy(logprobs)
+        for array in (sampled.token, *([sampled.detail] if logprobs else [])):
+            array.copy_to_host_async()
         self.steps += 1
         self.real_tokens += len(work.decodes) + sum(chunk.count for chunk in work.chunks)
         self.padded_tokens += shape.T
@@ -187,33 +191,30 @@ class Engine:
 
     def _score(self, prompt_x: Any, scored: list[tuple[int, Chunk]]) -> Any:
         """Dispatch the log-probabilities of each prompt token's successor."""
-        targets = np.zeros(prompt_x.shape[0], np.int32)
+        targets, used = np.zeros(prompt_x.shape[0], np.int32), 0
         for at, chunk in scored:
             following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
             targets[at : at + len(following)] = following
-        return self.programs.score(prompt_x, targets)
+            used = at + len(following)
+        return self.programs.score(prompt_x, targets, used)
 
     # -- reading -------------------------------------------------------------------------------------------
 
     def postprocess(self, launched: Launched) -> list[Sample]:
         """Read a step's tokens, advance its samples, end those that are done."""
-        for at, chunk in launched.scored:
-            self._read_scores(launched.scores, at, chunk)
-        tokens = launched.sampled.tokens()
-        details = launched.sampled.details() if launched.logprobs else None
+        if launched.scored:
+            self._read_scores(read(np.asarray(launched.scores)), launched.scored)
+        tokens = np.asarray(launched.sampled.token).tolist()
+        details = read(np.asarray(launched.sampled.detail)) if launched.logprobs else None
         advanced, now = [], time()
         for row, sequence, epoch in launched.rows:
             if sequence.finished or sequence.epoch != epoch:
                 continue
             sample: Sample = sequence.owner
             sequence.pending -= 1
-            token = int(tokens[row])
-            entry, count = None, sample.request.params.logprobs
+            token, entry, count = tokens[row], None, sample.request.params.logprobs
             if details is not None and count is not None:
-                logprob, rank, ids, values = details
-                entry = make_logprobs(
-                    self.tokenizer, token, float(logprob[row]), int(rank[row]), ids[row], values[row], count
-                )
+                entry = make_logprobs(self.tokenizer, token, details, row, count)
             sample.accept(token, entry)
             metrics = sample.request.metrics
             metrics.first_token_time = metrics.first_token_time or now
@@ -224,14 +225,11 @@ class Engine:
             advanced.append(sample)
         return advanced
 
-    def _read_scores(self, scores: Any, at: int, chunk: Chunk) -> None:
-        request: Request = chunk.sequence.owner.request
-        logprob, rank, ids, values = scores.read()
-        count, entries = request.params.prompt_logprobs, request.prompt_logprobs
-        assert count is not None and entries is not None
-        for place in range(chunk.start, min(chunk.start + chunk.count, len(request.prompt_ids) - 1)):
-            row = at + place - chunk.start
-            entries[place + 1] = make_logprobs(
-                self.tokenizer, request.prompt_ids[place + 1], float(logprob[row]), int(rank[row]), ids[row],
-                values[row], count,
-            )  # fmt: skip
+    def _read_scores(self, scores: Scores, scored: list[tuple[int, Chunk]]) -> None:
+        for at, chunk in scored:
+            request: Request = chunk.sequence.owner.request
+            count, entries = request.params.prompt_logprobs, request.prompt_logprobs
+            assert count is not None and entries is not None
+            for place in range(chunk.start, min(chunk.start + chunk.count, len(request.prompt_ids) - 1)):
+                token, row = request.prompt_ids[place + 1], at + place - chunk.start
+                entries[place + 1] = make_logprobs(self.tokenizer, token, scores, row, count)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 from tqdm.auto import tqdm
 
 from ..model import checkpoint
 from ..model.config import ModelConfig
 from ..model.layers import Numerics
-from . import chat as chat_template
+from . import chat
 from .build import Build, build_engine, choose_numerics
 from .interrupt import deferred_interrupt
 from .outputs import RequestOutput
@@ -139,8 +138,8 @@ class LLM:
         """The prompt that `chat` would send: its text and its token ids, with one BOS at most."""
         tokenizer = self._need_tokenizer("chat")
         template = settings.pop("chat_template", None)
-        text = chat_template.apply(tokenizer, list(messages), template=template, **settings)
-        return {"prompt": text, "prompt_token_ids": chat_template.encode_chat(tokenizer, text)}
+        text = chat.apply(tokenizer, list(messages), template=template, **settings)
+        return {"prompt": text, "prompt_token_ids": chat.encode_chat(tokenizer, text)}
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Text as it is written: iterate with `for` or `async for`; `.output` is the RequestOutput so far."""
@@ -182,7 +181,9 @@ class LLM:
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError(f"{what} works on text, but this LLM has no tokenizer; pass token ids to generate")
+            raise ValueError(
+                f"{what} works on text, but this LLM has no tokenizer; pass token ids to generate"
+            )
         return self.tokenizer
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> Request:

@@ -23,6 +23,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from ..attention.batch import Shape, descriptor_size, unpack
+from .sampling.params import SamplingParams
 from .sampling.sampler import Sampled, Sampler, prompt_logprobs
 
 SCORE_ROWS = 32
@@ -54,29 +55,36 @@ class BucketPlan:
 
     def backbones(self) -> list[Shape]:
         decode = [Shape(width, 1, 0, 0) for width in self.widths]
-        seats = (0, self.max_num_seqs)
-        return decode + [Shape(B, 1, self.prompt_rows, chunk) for B in seats for chunk in self.chunks]
+        # A single sequence never decodes beside its own prompt.
+        beside = (0, self.max_num_seqs) if self.max_num_seqs > 1 else (0,)
+        return decode + [Shape(B, 1, self.prompt_rows, chunk) for B in beside for chunk in self.chunks]
 
     def heads(self) -> list[int]:
         return sorted({shape.rows for shape in self.backbones()})
 
     def __str__(self) -> str:
+        beside = f", alone and beside {self.max_num_seqs} decodes" if self.max_num_seqs > 1 else ""
         return (
             f"decode widths {list(self.widths)}; prompt chunks {list(self.chunks)} of up to "
-            f"{self.prompt_rows} prompts, alone and beside {self.max_num_seqs} decodes; "
-            f"heads for {self.heads()} rows; {len(self.backbones())} backbones + {len(self.heads())} heads"
+            f"{self.prompt_rows} prompts{beside}; heads for {self.heads()} rows; {len(self.backbones())} backbones + {len(self.heads())} heads"
         )
 
 
-def backbone(graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int) -> Callable:
-    """(params, state, last_token, packed) -> (x rows [B+R,E], prompt x [C,E], state); state is donated."""
+def backbone(graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int, prompt: int) -> Callable:
+    """(params, state, last_token, packed) -> (x rows [B+R,E], prompt x, state); state is donated.
+
+    Prompt x is padded to the largest chunk, [prompt,E], so that one program scores every chunk size; without a
+    prompt part it is [0,E].
+    """
 
     def run(params: Any, state: tuple, last_token: jax.Array, packed: jax.Array):
         model = nnx.merge(graphdef, params)
         batch = unpack(shape, width, page_size, packed, last_token)
         x = model.embed(batch.tokens, batch)
         x, state = model.run(x, state, batch, range(model.num_layers))
-        return x[batch.last_tokens], x[shape.B * shape.q :], state
+        rest = x[shape.B * shape.q :]
+        pad = prompt - shape.C if shape.C else 0
+        return x[batch.last_tokens], jnp.pad(rest, ((0, pad), (0, 0))), state
 
     return run
 
@@ -97,20 +105,24 @@ def head(graphdef: nnx.GraphDef, sampler: Sampler) -> Callable:
 
 
 def score(graphdef: nnx.GraphDef, max_logprobs: int) -> Callable:
-    """(params, prompt x [C,E], targets i32[C]) -> log-probabilities of the targets, in blocks of rows."""
+    """(params, prompt x [C,E], targets i32[C], used) -> packed log-probabilities of the targets, a block of rows
+    at a time, for as many blocks as hold `used` tokens."""
 
-    def run(params: Any, x: jax.Array, targets: jax.Array):
+    def run(params: Any, x: jax.Array, targets: jax.Array, used: jax.Array):
         model = nnx.merge(graphdef, params)
-
-        def block(args):
-            rows, goals = args
-            return prompt_logprobs(model.head(model.normalise(rows)), goals, max_logprobs)
-
         rows = min(SCORE_ROWS, x.shape[0])
         pad = -x.shape[0] % rows
         x, targets = jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(targets, (0, pad))
-        packed = jax.lax.map(block, (x.reshape(-1, rows, x.shape[1]), targets.reshape(-1, rows)))
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: x.shape[0] - pad], packed)
+
+        def block(index, out):
+            part = jax.lax.dynamic_slice_in_dim(x, index * rows, rows)
+            goals = jax.lax.dynamic_slice_in_dim(targets, index * rows, rows)
+            packed = prompt_logprobs(model.head(model.normalise(part)), goals, max_logprobs)
+            return jax.lax.dynamic_update_slice_in_dim(out, packed, index * rows, 0)
+
+        K = min(max_logprobs, model.config.vocab_size)
+        out = jnp.zeros((x.shape[0], 2 + 2 * K), jnp.int32)
+        return jax.lax.fori_loop(0, (used + rows - 1) // rows, block, out)
 
     return run
 
@@ -136,7 +148,10 @@ class Programs:
         plan, hidden = self.plan, jax.eval_shape(self._hidden, self.params)
         spec = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding))
         params, state, sampler_state = spec(self.params), spec(self.state), spec(self.sampler_state)
-        row = self.sampler.row_spec()
+        row = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+            self.sampler.row(SamplingParams(), prompt_ids=[0]),
+        )
         ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
         def x(rows: int) -> jax.ShapeDtypeStruct:
@@ -147,15 +162,14 @@ class Programs:
 
         jobs: dict[Any, Callable[[], Any]] = {}
         for shape in plan.backbones():
-            run = backbone(self.graphdef, shape, self.width, self.page_size)
+            run = backbone(self.graphdef, shape, self.width, self.page_size, plan.chunks[-1])
             packed = ints((descriptor_size(shape, self.width),))
             jobs[shape] = build(run, (1,), params, state, sampler_state.last_token, packed)
         for rows in plan.heads():
             run = head(self.graphdef, self.sampler)
             jobs["head", rows] = build(run, (1,), params, sampler_state, x(rows), ints((3 * rows,)))
-        for chunk in plan.chunks:
-            run = score(self.graphdef, self.sampler.max_logprobs)
-            jobs["score", chunk] = build(run, (), params, x(chunk), ints((chunk,)))
+        run, chunk = score(self.graphdef, self.sampler.max_logprobs), plan.chunks[-1]
+        jobs["score"] = build(run, (), params, x(chunk), ints((chunk,)), ints(()))
         jobs["admit"] = build(self.sampler.admit, (0,), sampler_state, ints(()), row)
         return jobs
 
@@ -188,9 +202,9 @@ class Programs:
         )
         return sampled, prompt_x
 
-    def score(self, prompt_x: jax.Array, targets: np.ndarray) -> Any:
-        """Log-probabilities of `targets` i32[C] after each prompt token."""
-        return self.compiled["score", prompt_x.shape[0]](self.params, prompt_x, targets)
+    def score(self, prompt_x: jax.Array, targets: np.ndarray, used: int) -> jax.Array:
+        """Packed log-probabilities of `targets` i32[C] after each of the first `used` prompt tokens."""
+        return self.compiled["score"](self.params, prompt_x, targets, np.int32(used))
 
     @contextmanager
     def watch(self):

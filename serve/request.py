@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from .detokenizer import Detokenizer
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from .sampling.params import SamplingParams
+from .sampling.sampler import Scores
 from .scheduler import Sequence
 from .tokenizer import Tokenizer
 
@@ -107,16 +108,27 @@ class Sample:
         )
 
 
+def bad_word_ids(tokenizer: Tokenizer, words: Iterable[str]) -> list[list[int]]:
+    """Each word as it stands at a beginning and after a space: two token sequences, where they differ."""
+    found = []
+    for word in words:
+        for text in (word.lstrip(), " " + word.lstrip()):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids and ids not in found:
+                found.append(ids)
+    return found
+
+
 def make_logprobs(
-    tokenizer: Tokenizer | None, token: int, logprob: float, rank: int, ids: Any, values: Any, count: int
+    tokenizer: Tokenizer | None, token: int, scores: Scores, row: int, count: int
 ) -> dict[int, Logprob]:
-    """The chosen token's entry, then the `count` most likely ones (arrays sorted by probability)."""
+    """The chosen token's entry, then those of the `count` most likely tokens."""
 
     def text(index: int) -> str | None:
         return None if tokenizer is None else tokenizer.token_text(index)
 
-    entries = {token: Logprob(logprob, rank, text(token))}
+    entries = {token: Logprob(float(scores.logprob[row]), int(scores.rank[row]), text(token))}
     for place in range(count):
-        index = int(ids[place])
-        entries.setdefault(index, Logprob(float(values[place]), place + 1, text(index)))
+        index = int(scores.top_ids[row, place])
+        entries.setdefault(index, Logprob(float(scores.top_logprobs[row, place]), place + 1, text(index)))
     return entries
