@@ -110,7 +110,7 @@ class Tokenizer:
         eos_ids = _eos_ids(backend, special.get("eos_token"), generation)
         return cls(backend, special, eos_ids, _chat_templates(folder, config))
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -142,7 +142,8 @@ class Tokenizer:
     @cached_property
     def decoding(self) -> Decoding:
         """The decoder's rules. Raises ValueError for a decoder that cannot be followed token by token."""
-        return _decoding(json.loads(self.backend.to_str())["decoder"] if self.backend.decoder else None)
+        decoder = self.backend.decoder
+        return _decoding(None if decoder is None else json.loads(decoder.__getstate__()))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written in the text become their ids."""

@@ -51,7 +51,7 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     summary = re.split(rf"\s*(?:{SECTIONS})", text, maxsplit=1)[0].strip()
     schema = {"name": name, "description": summary, "parameters": parameters}
     if result is not None:
-        schema["return"] = result | ({} if returned is None else {"description": returned})
+        schema["return"] = result | ({} if returned is None else {"description": returned.strip()})
     return {"type": "function", "function": schema}
 
 
