@@ -210,11 +210,17 @@ class Sampler:
             (live & processor.wanted(held, seats, ctx)).any()
             for processor, held in zip(self.processors, state.processors, strict=True)
         ]
-        token, detail = jax.lax.cond(
-            jnp.stack(wanted).any() if wanted else jnp.bool_(False),
-            lambda: self._finish(state, logits, self._process(state, logits, seats, ctx, wanted), seats, ctx),
-            lambda: self._finish(state, logits, logits, seats, ctx),
-        )
+        u = self._uniforms(state, seats, ctx)
+        if self.processors:
+            token, detail = jax.lax.cond(
+                jnp.stack(wanted).any(),
+                lambda: self._finish(
+                    state, logits, self._process(state, logits, seats, ctx, wanted), u, seats, ctx
+                ),
+                lambda: self._finish(state, logits, logits, u, seats, ctx),
+            )
+        else:
+            token, detail = self._finish(state, logits, logits, u, seats, ctx)
         with jax.named_scope("update"):
             processors = tuple(
                 processor.update(held, seats, token, live)
@@ -233,16 +239,25 @@ class Sampler:
                 )
         return z
 
-    def _finish(self, state, raw, z, seats, ctx) -> tuple[jax.Array, jax.Array]:
+    def _uniforms(self, state, seats, ctx) -> jax.Array:
+        """f32[N]: the uniform number of each row that draws; 0 where nobody does."""
+
+        def drawn():
+            keys = row_keys(state.seeds[seats], state.sample_index[seats], ctx.positions, Purpose.SAMPLE)
+            return uniform(keys)
+
+        return jax.lax.cond((ctx.live & ~state.greedy[seats]).any(), drawn, lambda: jnp.zeros(seats.shape))
+
+    def _finish(self, state, raw, z, u, seats, ctx) -> tuple[jax.Array, jax.Array]:
         """Token and detail from raw and processed logits."""
         live, draws = ctx.live, ctx.live & ~state.greedy[seats]
-
-        def drawn(best):
-            keys = row_keys(state.seeds[seats], state.sample_index[seats], ctx.positions, Purpose.SAMPLE)
-            return jnp.where(draws, draw(z, uniform(keys), best), best)
-
         with jax.named_scope("draw"):
-            token = jax.lax.cond(draws.any(), drawn, lambda best: best, first_argmax(z))
+            token = jax.lax.cond(
+                draws.any(),
+                lambda best: jnp.where(draws, draw(z, u, best), best),
+                lambda best: best,
+                first_argmax(z),
+            )
         with jax.named_scope("score"):
             K = min(self.max_logprobs, self.vocab_size)
             processed = live & state.processed[seats]

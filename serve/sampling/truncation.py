@@ -1,9 +1,9 @@
 """Top-k, top-p and min-p without sorting: all three are thresholds on a row, found by bisection.
 
-A bisection keeps a bracket [low, high) of thresholds, as integers in the order of float32, and halves it until
-one token, or one group of equal tokens, is left inside: at most 32 passes over the row whatever the logits are,
-usually half as many. Where the edge falls inside a group of equal tokens, those with the lower ids are kept, so
-the kept set is that of a stable descending sort.
+A bisection keeps a bracket [low, high) of thresholds, as integers in the order of float32, and halves it
+until one token, or one group of equal tokens, is left inside: usually after 10 to 20 passes over the row. Where
+the edge falls inside a group of equal tokens, those with the lower ids are kept, so the kept set is that of a
+stable descending sort.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import numpy as np
 
 from .params import SamplingParams
 from .processors import Context, Known, Row, Stage, State, place
+
+WIDTH = 16.0
+MEANS = 24
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Edge(NamedTuple):
 
 def keep_top_k(z: jax.Array, k: jax.Array) -> jax.Array:
     """z [N,V] with -inf outside the k i32[N] largest logits of a row; k = 0 keeps the row."""
-    edge = bisect(z, None, k, k > 0)
+    edge = bisect(z, None, k.astype(jnp.float32), k > 0)
     return jnp.where((k > 0)[:, None], cut(z, edge, k - edge.above), z)
 
 
@@ -87,7 +90,7 @@ def keep_top_p(z: jax.Array, p: jax.Array) -> jax.Array:
     edge = bisect(z, weights, target, p < 1.0)
     equal = edge.upto - edge.above
     needed = jnp.ceil((target - edge.mass_above) * equal / (edge.mass - edge.mass_above))
-    ties = jnp.clip(needed.astype(jnp.int32), 1, equal)
+    ties = jnp.clip(needed, 1.0, equal)
     return jnp.where((p < 1.0)[:, None], cut(z, edge, ties), z)
 
 
@@ -95,12 +98,14 @@ def bisect(z: jax.Array, weights: jax.Array | None, target: jax.Array, active: j
     """The largest threshold at which the tokens z >= threshold still reach `target` [N], for `active` rows.
 
     What they reach is their number, or their `weights` [N,V] summed. Both fall as the threshold rises, also
-    in floating point: a sum in fixed order is monotone in each of its terms.
+    in floating point: a sum in fixed order is monotone in each of its terms. The first threshold is `WIDTH`
+    under the largest logit, the next ones are means; after `MEANS` passes they are means of the bits, which
+    end after 32 more whatever the logits are.
     """
 
     def measure(key):
         inside = z >= from_key(key)[:, None]
-        count = inside.sum(-1, dtype=jnp.int32)
+        count = inside.astype(jnp.float32).sum(-1)  # exact: V < 2**24
         return count, count if weights is None else jnp.where(inside, weights, 0.0).sum(-1)
 
     def done(low, high, edge):
@@ -108,24 +113,36 @@ def bisect(z: jax.Array, weights: jax.Array | None, target: jax.Array, active: j
         return ~active | (edge.upto - edge.above <= 1) | (high <= low + 1) | enough
 
     def halve(carry):
-        low, high, edge = carry
-        middle = (low & high) + ((low ^ high) >> 1)
+        step, (low, high, edge) = carry
+        middle = jnp.where(step == 0, to_key(from_key(high) - WIDTH), between(low, high, step < MEANS))
         count, mass = measure(middle)
         reached = mass >= target
-        upto, above = jnp.where(reached, count, edge.upto), jnp.where(reached, edge.above, count)
-        mass, mass_above = jnp.where(reached, mass, edge.mass), jnp.where(reached, edge.mass_above, mass)
         stay = done(low, high, edge)
-        new = (jnp.where(reached, middle, low), jnp.where(reached, high, middle))
-        edge = Edge(edge.low, upto, above, mass, mass_above)
-        return jax.tree.map(lambda old, new: jnp.where(stay, old, new), carry, (*new, edge))
+        new = Edge(
+            low=edge.low,
+            upto=jnp.where(reached, count, edge.upto),
+            above=jnp.where(reached, edge.above, count),
+            mass=jnp.where(reached, mass, edge.mass),
+            mass_above=jnp.where(reached, edge.mass_above, mass),
+        )
+        bracket = (jnp.where(reached, middle, low), jnp.where(reached, high, middle), new)
+        return step + 1, jax.tree.map(lambda old, new: jnp.where(stay, old, new), (low, high, edge), bracket)
 
     low = jnp.full(z.shape[:1], to_key(jnp.float32(-jnp.inf)), jnp.int32)
     high = to_key(z.max(-1)) + 1
-    count, mass = measure(low)
-    none = jnp.zeros_like(count)
-    start = (low, high, Edge(none.astype(jnp.float32), count, none, mass, jnp.zeros_like(mass)))
-    low, _, edge = jax.lax.while_loop(lambda carry: ~done(*carry).all(), halve, start)
+    upto, mass = measure(low)
+    none = jnp.zeros_like(upto)
+    start = (jnp.int32(0), (low, high, Edge(none, upto, none, mass, none)))
+    _, (low, _, edge) = jax.lax.while_loop(lambda carry: ~done(*carry[1]).all(), halve, start)
     return edge._replace(low=from_key(low))
+
+
+def between(low: jax.Array, high: jax.Array, by_value: jax.Array) -> jax.Array:
+    """A key in [low, high), above low where high > low + 1: of the mean value if asked and finite, else of the
+    mean bits."""
+    bits = (low & high) + ((low ^ high) >> 1)
+    mean = to_key(0.5 * from_key(low) + 0.5 * from_key(high))
+    return jnp.where(by_value & (mean > low) & (mean < high), mean, bits)
 
 
 def cut(z: jax.Array, edge: Edge, ties: jax.Array) -> jax.Array:
