@@ -128,7 +128,7 @@ class Penalties:
         repetition, presence, frequency = (state["strength"][seats, i][:, None] for i in range(3))
         counts = history & ~SEEN_IN_PROMPT
         scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
-        penalised = jnp.where(history != 0, scaled, logits)
+        penalised = jnp.where((history != 0) & (repetition != 1.0), scaled, logits)
         shift = frequency * counts.astype(jnp.float32) + presence * (counts > 0)
         return jnp.where(shift != 0, penalised - shift, penalised)
 
@@ -304,7 +304,8 @@ class Temperature:
         return state["temperature"][seats] != 1.0
 
     def apply(self, state: State, seats: jax.Array, logits: jax.Array, ctx: Context) -> jax.Array:
-        return logits / state["temperature"][seats][:, None]
+        temperature = state["temperature"][seats][:, None]
+        return jnp.where(temperature != 1.0, logits / temperature, logits)
 
     def update(self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array) -> State:
         return state
