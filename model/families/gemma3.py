@@ -22,7 +22,8 @@ def config(raw: dict) -> ModelConfig:
         )
     inherited = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype", "torch_dtype")
     text = {**text, **{name: raw[name] for name in inherited if raw.get(name) is not None}}
-    return replace(gemma3_text.config(text), model_type="gemma3")
+    # transformers' model with images never applies the text config's cap on logits; published files have none.
+    return replace(gemma3_text.config(text), model_type="gemma3", logit_softcap=None)
 
 
 def weights(config: ModelConfig) -> Weights:

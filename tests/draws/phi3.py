@@ -21,7 +21,7 @@ def draw(rng: random.Random) -> dict:
             f"{name}_factor": [round(rng.uniform(1, 6), 2) for _ in range(count)]
             for name in ("short", "long")
         }
-        raw["rope_scaling"] = {"type": rng.choice(["longrope", "su"]), **factors}
+        raw["rope_scaling"] = {"type": "longrope", **factors}
     return raw
 
 
