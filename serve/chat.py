@@ -1,7 +1,7 @@
 """Chat templates: messages become the text that a model was trained on.
 
-A template is Jinja source from the checkpoint, which is untrusted: it runs in Jinja's immutable sandbox and sees
-plain data only. Rendering follows transformers 5 (`apply_chat_template`), to the character.
+A template is Jinja source from the checkpoint, which is untrusted: it runs in Jinja's immutable sandbox and
+sees plain data only. Rendering follows transformers 5 (`apply_chat_template`), to the character.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def apply(
 ) -> str:
     """Render `messages` (dicts with "role", "content", "tool_calls", ...) as one prompt.
 
-    tools: JSON schemas, or Python functions with type hints and a Google-style docstring. template: the name of
-    one of the tokenizer's templates, or Jinja source; None: "tool_use" when there are tools and such a template,
-    else "default". continue_final_message: the text ends right after the last message's content, which the model
-    then continues; a string names another field of the message to continue. Further keywords are variables of
-    the template.
+    tools: JSON schemas, or Python functions with type hints and a Google-style docstring. template: the name
+    of one of the tokenizer's templates, or Jinja source; None: "tool_use" when there are tools and such a
+    template, else "default". continue_final_message: the text ends right after the last message's content,
+    which the model then continues; a string names another field of the message to continue. Further keywords
+    are variables of the template.
 
     Raises ValueError: no template, empty conversation, both ways to end, a template that refuses (its
     `raise_exception`), is malformed, or leaves the sandbox.
@@ -101,8 +101,8 @@ def choose_template(tokenizer: Tokenizer, template: str | None, with_tools: bool
 
 
 def plain(value: Any) -> Any:
-    """Rebuild `value` from plain JSON types; other objects become their type's name, as templates must not hold
-    methods that the sandbox does not know."""
+    """Rebuild `value` from plain JSON types; other objects become their type's name, as templates must not
+    hold methods that the sandbox does not know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):
@@ -127,7 +127,7 @@ def plain(value: Any) -> Any:
 
 
 def _chat(messages: Messages) -> list[dict[str, Any]]:
-    """A copy that the template may see: plain data, no keys that are None, thoughts under their usual names."""
+    """A copy that the template may see: plain data, no keys that are None, thoughts under usual names."""
     if not messages:
         raise ValueError("the conversation is empty; give at least one message")
     chat = []
@@ -179,8 +179,8 @@ def _cut_at_mark(text: str, final: str) -> str:
     """The text before MARK; trailing space goes if the template trims the message."""
     if final.strip() not in text or MARK.strip() not in text:
         raise ValueError(
-            f"continue_final_message: the last message {final.strip()!r} does not appear in the rendered chat, "
-            "so there is no place to continue; the template drops or changes it"
+            f"continue_final_message: the last message {final.strip()!r} does not appear in the rendered "
+            "chat, so there is no place to continue; the template drops or changes it"
         )
     at = text.rindex(MARK.strip())
     return text[:at] if text[at : at + len(MARK)] == MARK else text[:at].rstrip()

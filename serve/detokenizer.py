@@ -1,8 +1,8 @@
 """Token ids become text one at a time, and stop strings are found on the way.
 
-The law: what `push` and `finish` return, joined, equals `tokenizer.decode(all ids)`, and a token costs the same
-however long the text is. Text is given out as soon as no later token can change it: an incomplete UTF-8
-sequence waits for its end (byte-level vocabularies), a run of byte tokens waits for its end, because
+The law: what `push` and `finish` return, joined, equals `tokenizer.decode(all ids)`, and a token costs
+the same however long the text is. Text is given out as soon as no later token can change it: an incomplete
+UTF-8 sequence waits for its end (byte-level vocabularies), a run of byte tokens waits for its end, because
 `tokenizers` turns the whole run into replacement characters if any of it is not UTF-8 (byte-fallback
 vocabularies), and whatever may be the beginning of a stop string waits until it is or is not.
 """
@@ -22,14 +22,15 @@ class Detokenizer:
     """One sequence's text.
 
     stop: strings that end the text. The one that is complete first wins (of several that end at the same
-    character, the longest), so the result does not depend on where token borders fall. A stop that is complete
-    within the first `min_tokens` tokens is ignored. The stop itself is part of the text only if
+    character, the longest), so the result does not depend on where token borders fall. A stop that is
+    complete within the first `min_tokens` tokens is ignored. The stop itself is part of the text only if
     `include_stop_str_in_output`.
-    prompt_token_ids: the tokens before the first pushed one. With them the text continues the prompt
-    (decode(prompt + ids) = decode(prompt) + text, so Llama-style vocabularies keep the space between);
-    without them the text is `tokenizer.decode(ids)`.
+    prompt_token_ids: the tokens before the first pushed one; only the last few are looked at. With them the
+    text continues the prompt (decode(prompt + ids) = decode(prompt) + text, so Llama-style vocabularies keep
+    the space between; bytes that spoil the prompt's last run of byte tokens do not change the prompt's text).
+    Without them the text is `tokenizer.decode(ids)`.
 
-    After each push: `text` is everything given out so far, `stop_reason` the stop string that was found, or None.
+    After each push: `text` is everything given out so far, `stop_reason` the stop string found, or None.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Detokenizer:
         self._held = ""
         self._parts: list[str] = []
         self.stop_reason: str | None = None
-        for token_id in prompt_token_ids:
+        for token_id in self._context(prompt_token_ids, tokenizer.decoding):
             self._feed(token_id)
         self._stream.begin_output()
 
@@ -93,8 +94,27 @@ class Detokenizer:
         rest, self._held = self._held + self._stream.finish(), ""
         return self._give(rest)
 
+    def _context(self, prompt: Sequence[int], rules: Decoding) -> list[int]:
+        """The end of the prompt that later text depends on: two tokens of text before any open run of bytes.
+
+        (Byte-level vocabularies: five tokens, as a character has at most four bytes.)
+        """
+        context, anchors = [], 0
+        for token_id in reversed(prompt):
+            token = self._visible(token_id)
+            if token is not None:
+                context.append(token_id)
+                anchors += rules.byte_level or isinstance(rules.piece(token), str)
+            if anchors == (5 if rules.byte_level else 2):
+                break
+        return context[::-1]
+
+    def _visible(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it; None where decoding leaves it out."""
+        return None if token_id in self._skipped else self._token(token_id)
+
     def _feed(self, token_id: int) -> Step:
-        token = None if token_id in self._skipped else self._token(token_id)
+        token = self._visible(token_id)
         return Step() if token is None else self._stream.feed(token)
 
     def _give(self, text: str) -> str:

@@ -1,8 +1,8 @@
 """Text to token ids and back, from the files of a Hugging Face checkpoint folder.
 
 The `tokenizers` library does the work; this file reads the settings around it (`tokenizer_config.json`,
-`special_tokens_map.json`, `added_tokens.json`, `generation_config.json`, chat templates) with the meaning that
-transformers 5 gives them, so that ids and texts equal its AutoTokenizer's for the same folder.
+`special_tokens_map.json`, `added_tokens.json`, `generation_config.json`, chat templates) as transformers 5
+does, so that ids and texts equal its AutoTokenizer's for the same folder.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizers` pipeline with its special tokens and chat templates. Build it with `Tokenizer.load(folder)`.
+    """A `tokenizers` pipeline with its special tokens and chat templates; see `Tokenizer.load`.
 
     special_tokens: the named ones ("bos_token": "<s>", ...), as chat templates see them. eos_token_ids: every
     id that ends a text: the tokenizer's own first, then those of generation_config.json. chat_templates: name
@@ -187,8 +187,8 @@ class Decoding:
     """A decoder's rules, token by token.
 
     byte_level: tokens spell bytes in GPT-2's alphabet, and the text is their concatenation, decoded as UTF-8.
-    Otherwise a token is text after `replace`, or with `byte_fallback` and the form <0xE2> one byte. Of the whole
-    text's beginning, up to `strip` leading `strip_content` go; `drop_in_first` goes from the first token.
+    Otherwise a token is text after `replace`, or with `byte_fallback` and the form <0xE2> one byte. Of the
+    whole text's beginning, up to `strip` leading `strip_content` go; the first token loses `drop_in_first`.
     """
 
     byte_level: bool = False
@@ -251,7 +251,7 @@ def _cannot_follow(part: dict[str, Any]) -> ValueError:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's letter for each byte: visible Latin-1 bytes are themselves, the others follow from U+0100 on."""
+    """GPT-2's letter for each byte: visible Latin-1 bytes are themselves, the others come from U+0100 on."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     visible = {letter: ord(letter) for letter in letters if ord(letter) < 256}
     others = sorted(set(range(256)) - set(visible.values()))
@@ -293,8 +293,8 @@ def _load_backend(
     kind = _tokenizer_class(declared, family, "") or "GPT2Tokenizer"
     if kind not in ("GPT2Tokenizer", "CodeGenTokenizer"):
         raise ValueError(
-            f"{folder} has vocab.json and merges.txt of a {kind}, but only GPT2Tokenizer can be built from these "
-            f"two files; write its tokenizer.json: {_CONVERT}"
+            f"{folder} has vocab.json and merges.txt of a {kind}, but only GPT2Tokenizer can be built from "
+            f"these two files; write its tokenizer.json: {_CONVERT}"
         )
     prefix_space = config.get("add_prefix_space", False)
     backend = tokenizers.Tokenizer(
@@ -316,8 +316,8 @@ def _no_tokenizer(folder: Path) -> ValueError:
     )
     if found:
         return ValueError(
-            f"{folder} has {' and '.join(found)} but no tokenizer.json, and SentencePiece and tiktoken models are not "
-            f"read here; convert once, with transformers and sentencepiece installed: {_CONVERT}"
+            f"{folder} has {' and '.join(found)} but no tokenizer.json, and SentencePiece and tiktoken "
+            f"models are not read here; convert once, with transformers and sentencepiece: {_CONVERT}"
         )
     return ValueError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; copy them there")
 
@@ -336,7 +336,7 @@ def _as_llama(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
 
 
 def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json, and special_tokens_map.json over it in folders without `added_tokens_decoder`."""
+    """tokenizer_config.json, and special_tokens_map.json over it where there is no `added_tokens_decoder`."""
     legacy = {} if "added_tokens_decoder" in config else _read(folder / "special_tokens_map.json")
     settings = {**config, **legacy}
     if not settings.get("extra_special_tokens"):

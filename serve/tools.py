@@ -93,8 +93,8 @@ def _json_type(hint: Any) -> dict[str, Any]:
     if origin is dict and len(args) == 2:
         return {"type": "object", "additionalProperties": _json_type(args[1])}
     raise ValueError(
-        f"the type hint {hint!r} has no JSON schema; use int, float, str, bool, list, dict, Literal, an Enum or "
-        "unions of these (for a tuple of any length, list[...]), or pass the tool's schema as a dict"
+        f"the type hint {hint!r} has no JSON schema; use int, float, str, bool, list, dict, Literal, an Enum "
+        "or unions of these (for a tuple of any length, list[...]), or pass the tool's schema as a dict"
     )
 
 

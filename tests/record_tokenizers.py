@@ -4,10 +4,10 @@ Run it by hand (needs transformers) after changing a style, a template or a case
 
     python tests/record_tokenizers.py
 
-Every folder is a complete Hugging Face tokenizer folder in the style of a public family, with a tiny vocabulary
-trained on the text below. `recorded.json` beside its files holds transformers' encodings, decodings and chats.
-The templates (tests/data/tokenizers/templates) are written for these tests. Training breaks ties at random, so
-some vocabularies differ from run to run.
+Every folder is a complete Hugging Face tokenizer folder in the style of a public family, with a tiny
+vocabulary trained on the text below. `recorded.json` beside its files holds transformers' encodings,
+decodings and chats. The templates (tests/data/tokenizers/templates) are written for these tests. Training
+breaks ties at random, so some vocabularies differ from run to run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEMPLATES = ROOT / "templates"
 CORPUS = [
     "The river runs past the old mill, and the miller's daughter counts the boats that pass on the river.",
     "In 1987 there were 42 boats; in 2024 there are 1,365 of them. That's the whole story, isn't it?",
-    "def count(boats):\n    total = 0\n    for boat in boats:\n        total += boat.size\n    return total\n",
+    "def count(boats):\n    total = 0\n    for boat in boats:\n        total += boat.size\n    return 0\n",
     "Ça va très bien, merci; où est la bibliothèque? Der Fluß fließt über die Brücke.",
     "河水流过旧磨坊。今天天气很好。東京の川はきれいです。",
     "The user asks, the assistant answers, and the system listens. Hello world! Hello there, hello again.",
@@ -145,7 +145,7 @@ def byte_level(regex: str | None, normalizer: Any = None, size: int = 330) -> To
 
 
 def byte_fallback(specials: list[str], size: int = 420) -> Tokenizer:
-    """A character BPE with byte tokens behind the special ones, as SentencePiece makes them; no pipeline yet."""
+    """A character BPE with byte tokens behind the special ones, SentencePiece's way; no pipeline yet."""
     base = specials + [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁")
@@ -397,7 +397,7 @@ def dump(value: Any) -> str:
 
 
 def chats(oracle: Any) -> list[dict[str, Any]]:
-    """Every case under every template: its text, or the words with which the template refuses ("": it fails)."""
+    """Every case under every template: its text, or the words in which the template refuses ("": fails)."""
     if oracle.chat_template is None:
         return []
     names = [None] if isinstance(oracle.chat_template, str) else [None, *sorted(oracle.chat_template)]

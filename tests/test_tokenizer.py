@@ -1,8 +1,9 @@
-"""Tokenizer: equal to transformers' AutoTokenizer for the same files (recorded, and live where it is installed)."""
+"""Tokenizer: equal to transformers' AutoTokenizer for the same files (recorded, and live where installed)."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,47 @@ def test_equals_transformers_live(style: str):
             assert ours.decode(ids, add) == oracle.decode(ids, skip_special_tokens=add)
 
     same()
+
+
+TOKEN = {"lstrip": True, "normalized": False, "rstrip": False, "single_word": False}
+SETTINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    # style, changes to tokenizer_config.json (None: remove), further files
+    ("llama3", {"tokenizer_class": None}, {}),
+    ("llama3", {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}, {}),
+    ("llama3", {"added_tokens_decoder": {}, "eos_token": "<|new|>"}, {}),
+    ("llama3", {"added_tokens_decoder": None}, {"special_tokens_map": {"eos_token": "<|end_of_text|>"}}),
+    ("llama3", {"added_tokens_decoder": {"1": {"content": "river", "special": True, **TOKEN}}}, {}),
+    ("llama3", {"additional_special_tokens": [" the", "<|x|>"]}, {}),
+    ("llama3", {"extra_special_tokens": {"image_token": "<|image|>"}}, {}),
+    ("llama2", {"legacy": True}, {}),
+    ("llama2", {"add_prefix_space": False}, {}),
+    ("llama2", {"pad_token": "<pad>"}, {"added_tokens": {"<pad>": 420, "<|im_start|>": 421}}),
+    ("llama2", {"tokenizer_class": None, "eos_token": None}, {}),
+    ("gpt2", {"add_prefix_space": True, "add_bos_token": True, "add_eos_token": True}, {}),
+    ("gpt2", {"tokenizer_class": None}, {"added_tokens": {"river": 331, " the": 332}}),
+    ("opt", {"add_bos_token": False}, {"special_tokens_map": {"pad_token": {"content": "<|p|>", **TOKEN}}}),
+    ("qwen", {"tokenizer_class": None}, {}),
+    ("neox", {"add_bos_token": True}, {}),
+    ("gemma", {"added_tokens_decoder": None, "bos_token": None}, {}),
+]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("style", "changes", "files"), SETTINGS)
+def test_settings_equal_transformers_live(
+    style: str, changes: dict[str, Any], files: dict[str, Any], tmp_path: Path
+):
+    transformers = pytest.importorskip("transformers")
+    folder = Path(shutil.copytree(ROOT / style, tmp_path / style))
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8")) | changes
+    files = {**files, "tokenizer_config": {k: v for k, v in config.items() if v is not None}}
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value), "utf-8")
+    ours, oracle = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert dict(ours.special_tokens) == oracle.special_tokens_map
+    assert ours.vocab_size == len(oracle)
+    for text, *_ in [*recorded(style)["encode"], ["a the  river<|x|>river <|image|><pad>  x<|p|>"]]:
+        for add in (True, False):
+            ids = oracle.encode(text, add_special_tokens=add)
+            assert ours.encode(text, add) == ids, text
+            assert ours.decode(ids, add) == oracle.decode(ids, skip_special_tokens=add), text
