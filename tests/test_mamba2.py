@@ -12,7 +12,7 @@ from tokenloom.model.layers import Numerics
 from tokenloom.model.linear_scan import ssd, ssd_step
 from tokenloom.model.mixers.mamba2 import Mamba2
 
-E, SEATS = 12, 3
+E, SEATS, ROWS, C = 12, 6, 5, 160
 CONFIG = Mamba2Config(
     heads=4, head_dim=6, state=5, groups=2, conv=4, chunk=16, time_step_limit=(0.01, 0.5), proj_bias=True
 )
@@ -130,19 +130,21 @@ def batch_of(shape: Shape, lengths: list[int], seats: list[int], counts: list[in
     )
 
 
-def prompt(lengths: list[int], seats: list[int], counts: list[int], C: int) -> Batch:
-    return batch_of(Shape(0, 1, len(counts), C), lengths, seats, counts)
+def prompt(lengths: list[int], seats: list[int], counts: list[int]) -> Batch:
+    """ROWS prompt rows sharing C tokens, so that all tests share a program; the rest of the rows is idle."""
+    idle = ROWS - len(counts)
+    none = [0] * idle
+    return batch_of(Shape(0, 1, ROWS, C), lengths + none, seats + [SEATS] * idle, counts + none)
 
 
 def fresh(made: Mamba2) -> RecurrentState:
     return RecurrentState.create(SEATS, made.zero())
 
 
-def padded(x: np.ndarray, C: int, fill: float = 0.0) -> np.ndarray:
+def padded(x: np.ndarray, fill: float = 0.0) -> np.ndarray:
     return np.concatenate([x, np.full((C - len(x), E), fill, np.float32)])
 
 
-C = 160
 TOLERANCE = dict(atol=2e-5)
 
 
@@ -162,7 +164,7 @@ def test_a_prompt_in_chunks_is_the_whole(mixer, cuts):
     made, call = mixer
     x, state, start, got = features(150), fresh(made), 0, []
     for stop in (*cuts, 150):
-        y, state = call(padded(x[start:stop], C), prompt([stop], [1], [stop - start], C), state)
+        y, state = call(padded(x[start:stop]), prompt([stop], [1], [stop - start]), state)
         got.append(np.asarray(y[: stop - start]))
         start = stop
     np.testing.assert_allclose(np.concatenate(got), reference(made, x), **TOLERANCE)
@@ -174,7 +176,7 @@ def test_decode_is_prefill(mixer, q):
     made, call = mixer
     x = features(17)
     expected = reference(made, x)
-    _, state = call(padded(x[:5], C), prompt([5], [2], [5], C), fresh(made))
+    _, state = call(padded(x[:5]), prompt([5], [2], [5]), fresh(made))
     for at in range(5, 17, q):
         batch = batch_of(Shape(2, q, 0, 0), [0, at + q], [SEATS, 2], [])
         y, state = call(np.concatenate([features(q, 9), x[at : at + q]]), batch, state)
@@ -192,10 +194,10 @@ def test_neighbours_padding_and_old_state_leave_no_trace(mixer):
     """The middle row of three, beside nan rows and nan padding, on a seat full of nan, is the row alone."""
     made, call = mixer
     x = features(70)
-    alone, after = call(padded(x, C), prompt([70], [1], [70], C), fresh(made))
-    packed = padded(np.concatenate([np.full((20, E), np.nan, np.float32), x]), C, np.nan)
+    alone, after = call(padded(x), prompt([70], [1], [70]), fresh(made))
+    packed = padded(np.concatenate([np.full((20, E), np.nan, np.float32), x]), np.nan)
     dirty = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), fresh(made))
-    batch = prompt([20, 70, 30], [0, 1, 2], [20, 70, 30], C)
+    batch = prompt([20, 70, 30], [0, 1, 2], [20, 70, 30])
     y, state = call(packed, batch, dirty)
     np.testing.assert_allclose(y[20:90], alone[:70], **TOLERANCE)
     np.testing.assert_allclose(state.ssm[1], after.ssm[1], **TOLERANCE)
@@ -207,10 +209,9 @@ def test_rows_of_a_packed_prompt_do_not_depend_on_their_place(mixer):
     made, call = mixer
     counts = [3, 66, 0, 1, 64]
     rows = [features(n, seed) for seed, n in enumerate(counts)]
-    state = RecurrentState.create(6, made.zero())
-    state = jax.tree.map(lambda a: a + 7.0, state)
-    batch = prompt(counts, [4, 0, 6, 2, 1], counts, C)
-    y, after = call(padded(np.concatenate(rows), C), batch, state)
+    state = jax.tree.map(lambda a: a + 7.0, fresh(made))
+    batch = prompt(counts, [4, 0, SEATS, 2, 1], counts)
+    y, after = call(padded(np.concatenate(rows)), batch, state)
     start = 0
     for row in rows:
         if len(row):
@@ -224,9 +225,9 @@ def test_rows_of_a_packed_prompt_do_not_depend_on_their_place(mixer):
 def test_mixed_is_decode_and_prefill_apart(mixer):
     made, call = mixer
     first, second, new = features(10, 1), features(30, 2), features(1, 3)
-    _, state = call(padded(first, C), prompt([10], [0], [10], C), fresh(made))
+    _, state = call(padded(first), prompt([10], [0], [10]), fresh(made))
     batch = batch_of(Shape(2, 1, 2, C), [11, 0, 30, 0], [0, SEATS, 2, SEATS], [30, 0])
-    y, state = call(np.concatenate([new, features(1, 8), padded(second, C)]), batch, state)
+    y, state = call(np.concatenate([new, features(1, 8), padded(second)]), batch, state)
     np.testing.assert_allclose(y[0], reference(made, np.concatenate([first, new]))[-1], **TOLERANCE)
     np.testing.assert_allclose(y[2:32], reference(made, second), **TOLERANCE)
     follow = features(2, 4)
@@ -249,6 +250,6 @@ def test_idle_rows_leave_every_seat_alone(mixer):
 def test_refusals_name_both_sides(mixer):
     _, call = mixer
     with pytest.raises(ValueError, match="prompt rows: use RecurrentState"):
-        call(features(C), prompt([5], [0], [5], C), Stateless())
+        call(features(C), prompt([5], [0], [5]), Stateless())
     with pytest.raises(ValueError, match="4 heads cannot share 3 groups"):
         Mamba2(Mamba2Config(4, 6, 5, 3, 4), E, numerics=Numerics(), rngs=nnx.Rngs(0))
