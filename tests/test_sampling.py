@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from tokenloom.serve.sampling.inverse import draw
 from tokenloom.serve.sampling.keys import Purpose, row_keys, seed_words, uniform
 from tokenloom.serve.sampling.params import SamplingParams
 from tokenloom.serve.sampling.processors import Context, pack_bits, unpack_bits
-from tokenloom.serve.sampling.sampler import DEFAULT, Sampler, draw, prompt_logprobs, read, score
+from tokenloom.serve.sampling.sampler import DEFAULT, Sampler, prompt_logprobs, read, score
 from tokenloom.serve.sampling.truncation import keep_top_k, keep_top_p
 
 N, V, SEATS = 4, 45, 6

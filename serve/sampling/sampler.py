@@ -1,7 +1,6 @@
 """The sampler: logits -> processors -> one token a row, with its log-probabilities, all on the device.
 
-One uniform number a row goes through the inverse of the cumulative distribution, in two levels (blocks of
-tokens, then tokens), so nothing is sorted and no noise as wide as the vocabulary is drawn.
+Nothing is sorted, and one uniform number a row is drawn instead of noise as wide as the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .inverse import draw
 from .keys import Purpose, row_keys, seed_words, uniform
 from .params import MAX_LOGPROBS, SamplingParams
 from .processors import (
@@ -28,8 +28,6 @@ from .processors import (
     TokenMask,
 )
 from .truncation import Truncation
-
-BLOCK = 128
 
 DEFAULT: tuple[Processor, ...] = (Penalties(), TokenMask(), LogitBias(), Temperature(), Truncation())
 
@@ -279,39 +277,6 @@ def first_argmax(z: jax.Array) -> jax.Array:
     ids = jnp.arange(V, dtype=jnp.int32)
     best = jnp.where(z == z.max(-1, keepdims=True), ids, V).min(-1)
     return jnp.minimum(best, V - 1)
-
-
-def draw(z: jax.Array, u: jax.Array, fallback: jax.Array) -> jax.Array:
-    """i32[N]: tokens from softmax(z) by the inverse of its cumulative distribution at u f32[N] in [0, 1).
-
-    Only entries of positive weight are candidates, on both levels, and where rounding leaves u past the last
-    of them, the last is taken: a token of probability zero is never drawn. Rows without any positive weight
-    (logits that are not numbers) give `fallback` i32[N].
-    """
-    N, V = z.shape
-    padded = jnp.pad(z, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf)
-    weights = jnp.exp(padded - z.max(-1, keepdims=True)).reshape(N, -1, BLOCK)
-    sums = weights.sum(-1)
-    ends = jnp.cumsum(sums, axis=-1)
-    goal = u * ends[:, -1]
-    block = first_beyond(ends, sums, goal)
-    at = block[:, None]
-    start = jnp.take_along_axis(ends, at, 1)[:, 0] - jnp.take_along_axis(sums, at, 1)[:, 0]
-    inner = jnp.take_along_axis(weights, at[:, :, None], 1)[:, 0]
-    token = block * BLOCK + first_beyond(jnp.cumsum(inner, axis=-1), inner, goal - start)
-    usable = jnp.take_along_axis(inner, (token % BLOCK)[:, None], 1)[:, 0] > 0
-    return jnp.where(usable, token, fallback)
-
-
-def first_beyond(ends: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
-    """i32[N]: the first entry with positive weight whose cumulative sum `ends` [N,M] is beyond goal [N], else
-    the last with positive weight, else 0."""
-    M = weights.shape[1]
-    ids = jnp.arange(M, dtype=jnp.int32)
-    positive = weights > 0
-    first = jnp.where(positive & (ends > goal[:, None]), ids, M).min(-1)
-    last = jnp.where(positive, ids, 0).max(-1)
-    return jnp.minimum(first, last)
 
 
 def logprob_of(z: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .inverse import inverse
 from .params import SamplingParams
 from .processors import Context, Known, Row, Stage, State, place
 
@@ -79,7 +80,7 @@ class Edge(NamedTuple):
 def keep_top_k(z: jax.Array, k: jax.Array) -> jax.Array:
     """z [N,V] with -inf outside the k i32[N] largest logits of a row; k = 0 keeps the row."""
     edge = bisect(z, None, k.astype(jnp.float32), k > 0)
-    return jnp.where((k > 0)[:, None], cut(z, edge, k - edge.above), z)
+    return cut(z, edge, k - edge.above, k > 0)
 
 
 def keep_top_p(z: jax.Array, p: jax.Array) -> jax.Array:
@@ -91,7 +92,7 @@ def keep_top_p(z: jax.Array, p: jax.Array) -> jax.Array:
     equal = edge.upto - edge.above
     needed = jnp.ceil((target - edge.mass_above) * equal / (edge.mass - edge.mass_above))
     ties = jnp.clip(needed, 1.0, equal)
-    return jnp.where((p < 1.0)[:, None], cut(z, edge, ties), z)
+    return cut(z, edge, ties, p < 1.0)
 
 
 def bisect(z: jax.Array, weights: jax.Array | None, target: jax.Array, active: jax.Array) -> Edge:
@@ -145,17 +146,20 @@ def between(low: jax.Array, high: jax.Array, by_value: jax.Array) -> jax.Array:
     return jnp.where(by_value & (mean > low) & (mean < high), mean, bits)
 
 
-def cut(z: jax.Array, edge: Edge, ties: jax.Array) -> jax.Array:
-    """z [N,V] with -inf below the edge and, of the tokens at the edge, beyond the first `ties` i32[N]."""
-    kept = z >= edge.low[:, None]
-    split = ties < edge.upto - edge.above
+def cut(z: jax.Array, edge: Edge, ties: jax.Array, active: jax.Array) -> jax.Array:
+    """z [N,V], in `active` rows with -inf below the edge and, of the tokens at it, beyond the first `ties` [N]."""
+    equal = edge.upto - edge.above
+    split = active & (ties < equal)
+    at_edge = z == edge.low[:, None]
 
-    def by_id(kept):
-        at_edge = z == edge.low[:, None]
-        late = at_edge & (jnp.cumsum(at_edge, axis=-1, dtype=jnp.int32) > ties[:, None])
-        return kept & ~(late & split[:, None])
+    def last_kept():
+        last, _ = inverse(at_edge.astype(jnp.float32), (ties - 0.5) / equal)
+        return jnp.where(split, last, z.shape[1])
 
-    return jnp.where(jax.lax.cond(split.any(), by_id, lambda kept: kept, kept), z, -jnp.inf)
+    last = jax.lax.cond(split.any(), last_kept, lambda: jnp.full(z.shape[:1], z.shape[1]))
+    late = at_edge & (jnp.arange(z.shape[1]) > last[:, None])
+    kept = (z >= edge.low[:, None]) & ~late
+    return jnp.where(kept | ~active[:, None], z, -jnp.inf)
 
 
 def to_key(x: jax.Array) -> jax.Array:
