@@ -64,8 +64,8 @@ class Recipe:
     long_batch: int = 2
     long_length: int = 2048
     warmup: int = 50
-    rate: float = 4e-3
-    adam_rate: float = 3e-3
+    rate: float = 6e-3
+    adam_rate: float = 4e-3
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
@@ -105,7 +105,7 @@ class Recipe:
         )
 
 
-DEMO = Recipe(6, 256, 8, 4, 768, steps=1600, long_steps=300, decay=400)
+DEMO = Recipe(6, 256, 8, 4, 768, steps=1400, long_steps=250, decay=400)
 DRAFT = Recipe(2, 128, 4, 2, 320, steps=800, long_steps=100, decay=250, rate=6e-3, adam_rate=6e-3)
 
 
@@ -120,9 +120,17 @@ class TrainState:
 
 
 def build(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
-    """(graph definition, parameters as a pure dict) of a freshly initialised decoder."""
+    """(graph definition, parameters as a pure dict) of a decoder whose blocks begin as the identity.
+
+    The last matrix of each branch is zero (as in Zhang et al. 2019, arXiv 1901.09321): the small embedding is
+    otherwise drowned by what random blocks add to it, and the first hundreds of steps go to undoing that.
+    """
     graph, state = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
-    return graph, nnx.to_pure_dict(state)
+    params = nnx.to_pure_dict(state)
+    for block in params["blocks"].values():
+        for last in (block["mixer"]["o"], block["channel"]["down"]):
+            last["weight"] = jnp.zeros_like(last["weight"])
+    return graph, params
 
 
 def losses(graph: nnx.GraphDef, params: Any, windows: jax.Array) -> jax.Array:
@@ -274,6 +282,9 @@ def main() -> None:
     parser.add_argument("recipe", choices=["demo", "draft"])
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--steps", type=int, help="end here instead (the decay and the long part move along)")
+    parser.add_argument("--stop", type=int, help="pause after this many updates, with a checkpoint")
+    parser.add_argument("--rate", type=float, help="Muon's peak rate from here on")
+    parser.add_argument("--adam-rate", type=float, help="AdamW's peak rate from here on")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --out")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use instead of training one")
     parser.add_argument("--source", type=Path, default=data.standard_library(), help="train on this folder")
@@ -281,6 +292,8 @@ def main() -> None:
     recipe = {"demo": DEMO, "draft": DRAFT}[args.recipe]
     if args.steps is not None:
         recipe = recipe.ending_at(args.steps)
+    given_rates = {"rate": args.rate, "adam_rate": args.adam_rate}
+    recipe = replace(recipe, **{name: rate for name, rate in given_rates.items() if rate is not None})
     saved = args.out / "tokenizer.json"
     given = args.tokenizer or (saved if args.resume and saved.exists() else None)
     tokenizer = None if given is None else Tokenizer.from_file(str(given))
@@ -289,7 +302,7 @@ def main() -> None:
     tokenizer.save(str(saved))
     (args.out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     print(f"{len(corpus.training)} training tokens, {len(corpus.held_out)} held out", flush=True)
-    Trainer(recipe, corpus, args.out, resume=args.resume).run()
+    Trainer(recipe, corpus, args.out, resume=args.resume).run(stop=args.stop)
 
 
 if __name__ == "__main__":
