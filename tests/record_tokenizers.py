@@ -37,7 +37,8 @@ TEMPLATES = ROOT / "templates"
 CORPUS = [
     "The river runs past the old mill, and the miller's daughter counts the boats that pass on the river.",
     "In 1987 there were 42 boats; in 2024 there are 1,365 of them. That's the whole story, isn't it?",
-    "def count(boats):\n    total = 0\n    for boat in boats:\n        total += boat.size\n    return 0\n",
+    "def count(boats):\n    total = 0\n    for boat in boats:\n        total += boat.size\n"
+    "    return total\n",
     "Ça va très bien, merci; où est la bibliothèque? Der Fluß fließt über die Brücke.",
     "河水流过旧磨坊。今天天气很好。東京の川はきれいです。",
     "The user asks, the assistant answers, and the system listens. Hello world! Hello there, hello again.",

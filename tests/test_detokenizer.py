@@ -159,6 +159,19 @@ def test_stop_in_an_open_run_of_byte_tokens_is_found_at_once():
     assert [detokenizer.push(newline), detokenizer.stop_reason] == ["", "\n\n"]
 
 
+def test_a_spoilt_run_of_byte_tokens_takes_its_characters_back():
+    tokenizer = LOADED["llama2"]
+    r, a, bad = (tokenizer.token_id(token) for token in ("r", "<0x41>", "<0xFF>"))
+    assert r is not None and a is not None and bad is not None
+    for stop, found in (("rA\ufffd", None), ("r\ufffd\ufffd", "r\ufffd\ufffd")):
+        detokenizer = Detokenizer(tokenizer, stop=stop)
+        for token_id in (r, a, bad):
+            detokenizer.push(token_id)
+        assert detokenizer.stop_reason == found
+        detokenizer.finish()
+        assert detokenizer.text == ("" if found else "r\ufffd\ufffd")
+
+
 def test_included_stop_and_earlier_minimum():
     ids = letters("a.b.c")
     detokenizer = Detokenizer(LOADED["gpt2"], stop=["."], include_stop_str_in_output=True, min_tokens=2)
