@@ -32,7 +32,8 @@ def _block(
         out, top, total = carry
         k = lax.dynamic_index_in_dim(view.k_pages, table[index], keepdims=False).astype(jnp.float32)
         v = lax.dynamic_index_in_dim(view.v_pages, table[index], keepdims=False).astype(jnp.float32)
-        scores = jnp.einsum("hnd,hds->hns", q, k, preferred_element_type=jnp.float32)
+        form = "hnd,hds->hns" if view.keys_transposed else "hnd,hsd->hns"
+        scores = jnp.einsum(form, q, k, preferred_element_type=jnp.float32)
         if spec.softcap is not None:
             scores = spec.softcap * jnp.tanh(scores / spec.softcap)
         key_positions = index * size + jnp.arange(size, dtype=jnp.int32)

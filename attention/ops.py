@@ -14,7 +14,7 @@ nothing give out = 0 and lse = -inf. The order inside is: scale, soft cap, mask.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -36,18 +36,22 @@ class AttentionSpec:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["k_pages", "v_pages", "table", "lengths"],
-    meta_fields=[],
+    meta_fields=["keys_transposed"],
 )
 @dataclass(frozen=True)
 class PagedView:
     """What storage shows of one layer: k_pages [M,Hkv,D,ps], v_pages [M,Hkv,ps,D], table i32[rows,P],
-    lengths i32[rows] in tokens (0: nothing to see). Keys are stored transposed inside a page: on CPU the
-    product with a query then streams contiguous memory."""
+    lengths i32[rows] in tokens (0: nothing to see).
+
+    `keys_transposed` says how a page lies: on CPU keys are transposed inside a page, because the product with a
+    query then streams contiguous memory; on TPU and GPU they are [M,Hkv,ps,D] like values, because a write of
+    one token is then contiguous."""
 
     k_pages: jax.Array
     v_pages: jax.Array
     table: jax.Array
     lengths: jax.Array
+    keys_transposed: bool = True
 
     @property
     def page_size(self) -> int:
@@ -58,7 +62,7 @@ class PagedView:
         return self.v_pages.shape[1]
 
     def rows(self, start: int, stop: int) -> PagedView:
-        return PagedView(self.k_pages, self.v_pages, self.table[start:stop], self.lengths[start:stop])
+        return replace(self, table=self.table[start:stop], lengths=self.lengths[start:stop])
 
 
 def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -72,8 +72,17 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only language model, whatever its family. Construct under `nnx.eval_shape` for specs only."""
 
-    def __init__(self, config: ModelConfig, *, numerics: Numerics = Numerics(), rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        numerics: Numerics = Numerics(),
+        rngs: nnx.Rngs,
+        period: int | None = None,
+    ):
         self.config, self.numerics = config, numerics
+        # Stacked: `blocks` holds one block for each place in the period, its weights with a leading axis.
+        self.period = period
         E, V = config.hidden_size, config.vocab_size
         size = config.embed_size or E
         kinds = dict(numerics=numerics, rngs=rngs)
@@ -82,14 +91,14 @@ class Decoder(nnx.Module):
         self.positions = Embedding(learned[0], E, axes=(None, "embed"), **kinds) if learned else None
         self.project_in = Linear(size, E, (None, None), **kinds) if size != E else None
         self.project_out = Linear(E, size, (None, None), **kinds) if size != E else None
-        self.blocks = nnx.List([Block(block, E, **kinds) for block in config.blocks])
+        self.blocks = nnx.List([Block(block, E, **kinds) for block in config.blocks[:period]])
         self.final_norm = None if config.final_norm is None else Norm(E, config.final_norm, **kinds)
         tie, bias = config.tie_embeddings, config.head_bias
         self.lm_head = None if tie else Linear(size, V, ("vocab", "embed"), bias=bias, **kinds)
 
     @property
     def num_layers(self) -> int:
-        return len(self.blocks)
+        return self.config.num_layers
 
     def embed(self, tokens: jax.Array, batch: Batch) -> jax.Array:
         """Token ids i32[T] -> x [T,E], positions added where they are learned."""
@@ -108,11 +117,48 @@ class Decoder(nnx.Module):
 
         run(0..k) then run(k..L) equals run(0..L).
         """
+        if self.period is not None:
+            return self._run_stacked(x, state, batch, list(layers), self.period)
         entries = list(state)
         for index in layers:
             with jax.named_scope(f"layer{index}"):
                 x, entries[index] = self.blocks[index](x, batch, entries[index])
         return x, tuple(entries)
+
+    def _run_stacked(
+        self, x: jax.Array, state: tuple, batch: Batch, layers: list[int], period: int
+    ) -> tuple[jax.Array, tuple]:
+        """One scan over periods. The state rides in the carry (as scan inputs and outputs it would be copied);
+        spans that do not run whole periods in order slice their layers' weights instead."""
+        graphs, weights = zip(*[nnx.split(block) for block in self.blocks])
+
+        def layer(place: int, repeat, values, x, entry):
+            block = nnx.merge(graphs[place], values)
+            x, new = block(x, batch, entry.layer(repeat))
+            return x, entry.put(repeat, new)
+
+        entries = list(state)
+        if layers != list(range(layers[0], layers[-1] + 1)) or layers[0] % period or len(layers) % period:
+            for index in layers:
+                place, repeat = index % period, index // period
+                values = jax.tree.map(lambda a, at=repeat: a[at], weights[place])
+                x, entries[place] = layer(place, jnp.int32(repeat), values, x, entries[place])
+            return x, tuple(entries)
+
+        def body(carry, xs):
+            x, entries = carry
+            repeat, values = xs
+            entries = list(entries)
+            for place in range(period):
+                with jax.named_scope(f"place{place}"):
+                    x, entries[place] = layer(place, repeat, values[place], x, entries[place])
+            return (x, tuple(entries)), None
+
+        first, count = layers[0] // period, len(layers) // period
+        span = jax.tree.map(lambda a: a[first : first + count], weights)
+        repeats = jnp.arange(first, first + count, dtype=jnp.int32)
+        (x, entries), _ = jax.lax.scan(body, (x, tuple(entries)), (repeats, span))
+        return x, entries
 
     def normalise(self, x: jax.Array) -> jax.Array:
         """The final norm, row by row: x [..., E] -> [..., E]."""

@@ -17,34 +17,41 @@ from .config import AttentionConfig, ModelConfig
 
 @dataclass(frozen=True)
 class Capacity:
-    """Sizes of the state: `num_pages` pages of `page_size` tokens, `seats` sequences (one more is padding)."""
+    """Sizes of the state: `num_pages` pages of `page_size` tokens, `seats` sequences (one more is padding).
+
+    `keys_transposed` is the layout inside a page: True for CPU targets, False for TPU and GPU (`attention.ops`).
+    """
 
     num_pages: int
     page_size: int
     seats: int
     dtype: jnp.dtype = jnp.dtype("float32")
+    keys_transposed: bool = True
     backends: tuple[str, ...] = ("tokenloom.attention.blockwise",)
 
 
-def state_spec(config: ModelConfig, capacity: Capacity) -> tuple:
+def state_spec(config: ModelConfig, capacity: Capacity, period: int | None = None) -> tuple:
     """ShapeDtypeStructs of the whole state, without any array."""
-    return jax.eval_shape(lambda: make_state(config, capacity))
+    return jax.eval_shape(lambda: make_state(config, capacity, period))
 
 
-def make_state(config: ModelConfig, capacity: Capacity) -> tuple:
-    """The empty state: a tuple with one entry a layer."""
-    entries = []
-    for block in config.blocks:
+def make_state(config: ModelConfig, capacity: Capacity, period: int | None = None) -> tuple:
+    """The empty state: a tuple with one entry a layer, or, for a stacked decoder, one a place in the period."""
+    entries, transposed = [], capacity.keys_transposed
+    layers = 1 if period is None else config.num_layers // period
+    for block in config.blocks[:period]:
         mixer = block.mixer
         if isinstance(mixer, AttentionConfig):
-            pages = (capacity.num_pages, mixer.kv_heads)
-            k = jnp.zeros((*pages, mixer.head_dim, capacity.page_size), capacity.dtype)
+            pages = (layers * capacity.num_pages, mixer.kv_heads)
             v = jnp.zeros((*pages, capacity.page_size, mixer.head_dim), capacity.dtype)
-            entries.append(PagedKV(k, v, backends=capacity.backends))
+            k = jnp.zeros((*pages, mixer.head_dim, capacity.page_size) if transposed else v.shape, v.dtype)
+            entries.append(
+                PagedKV(k, v, backends=capacity.backends, layers=layers, keys_transposed=transposed)
+            )
         else:
-            seats = capacity.seats + 1
-            conv = jnp.zeros((seats, mixer.conv - 1, mixer.conv_dim), capacity.dtype)
-            ssm = jnp.zeros((seats, mixer.heads, mixer.head_dim, mixer.state), jnp.float32)
+            rows = (capacity.seats + 1,) if period is None else (layers, capacity.seats + 1)
+            conv = jnp.zeros((*rows, mixer.conv - 1, mixer.conv_dim), capacity.dtype)
+            ssm = jnp.zeros((*rows, mixer.heads, mixer.head_dim, mixer.state), jnp.float32)
             entries.append(RecurrentState(conv, ssm))
     return tuple(entries)
 

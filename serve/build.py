@@ -15,6 +15,7 @@ from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
 from ..model.matmul import Forms
 from ..model.state import Capacity, make_state, page_bytes, state_bytes, state_spec
+from ..model.stacked import abstract_stacked, period_of, stack
 from .engine import Engine
 from .pages import PageAllocator
 from .programs import BucketPlan, Programs
@@ -129,10 +130,15 @@ def build_engine(
     paged = page_bytes(config, 1, numerics.dtype) > 0
     width = -(-length // page_size) if paged else 0
     budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
-    graphdef, _ = checkpoint.abstract(config, numerics)
-    capacity = Capacity(num_pages, page_size, build.max_num_seqs, numerics.dtype)
+    period = None if numerics.platform == "cpu" else period_of(config)
+    if period is None:
+        graphdef, _ = checkpoint.abstract(config, numerics)
+    else:
+        graphdef, params = abstract_stacked(config, numerics, period)[0], stack(params, period)
+    cpu = numerics.platform == "cpu"
+    capacity = Capacity(num_pages, page_size, build.max_num_seqs, numerics.dtype, keys_transposed=cpu)
     programs = Programs(
-        graphdef, params, jax.jit(lambda: make_state(config, capacity))(),
+        graphdef, params, jax.jit(lambda: make_state(config, capacity, period))(),
         Sampler(config.vocab_size, build.max_num_seqs), BucketPlan.make(build.max_num_seqs, budget),
         page_size=page_size, width=width, strict=build.strict,
     )  # fmt: skip

@@ -93,7 +93,9 @@ def test_everyone_finishes_under_any_pressure(drawn, seats, budget, num_pages, p
     scheduler = Scheduler(pages, max_num_seqs=seats, budget=budget, prompt_rows=prompt_rows)
     device = Device(scheduler)
     sequences = [
-        Sequence([1] * prompt, min(prompt + output, pages.capacity)) for prompt, output in drawn if prompt < 40
+        Sequence([1] * prompt, min(prompt + output, pages.capacity))
+        for prompt, output in drawn
+        if prompt < 40
     ]
     for sequence in sequences:
         scheduler.add(sequence)

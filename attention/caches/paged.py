@@ -12,19 +12,34 @@ from ..batch import Batch
 from ..ops import AttentionSpec, PagedView, attention
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "base"], meta_fields=["backends"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v", "base"],
+    meta_fields=["backends", "layers", "keys_transposed"],
+)
 @dataclass(frozen=True)
 class PagedKV:
-    """One layer's pages: k [M,Hkv,D,ps] (keys transposed), v [M,Hkv,ps,D].
+    """One layer's pages: k [M,Hkv,D,ps] (or [M,Hkv,ps,D] where keys are not transposed), v [M,Hkv,ps,D].
 
-    `base` offsets the page numbers: layers that run under one scan share arrays [L*M, ...], and layer l sees
-    pages l*M.. of them. None means no offset.
+    Layers that run under one scan share arrays [layers*M, ...]: layer l uses pages l*M.. of them, and `base` is
+    its offset while it runs. None means no offset.
     """
 
     k: jax.Array
     v: jax.Array
     base: jax.Array | None = None
     backends: tuple[str, ...] = ("tokenloom.attention.blockwise",)
+    layers: int = 1
+    keys_transposed: bool = True
+
+    def layer(self, index: jax.Array) -> PagedKV:
+        """One layer of several that share these arrays."""
+        return replace(self, base=index * (self.k.shape[0] // self.layers))
+
+    def put(self, index: jax.Array, new: PagedKV) -> PagedKV:
+        """What `layer(index)` became."""
+        del index
+        return replace(new, base=None)
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec
@@ -35,13 +50,11 @@ class PagedKV:
         pages, table = batch.pages + base, batch.page_table + base
         heads = jnp.arange(k.shape[1], dtype=jnp.int32)
         at = (pages[:, None], heads[None, :])
-        k_pages = self.k.at[*at, :, batch.slots[:, None]].set(
-            k.astype(self.k.dtype), mode="promise_in_bounds"
-        )
-        v_pages = self.v.at[*at, batch.slots[:, None], :].set(
-            v.astype(self.v.dtype), mode="promise_in_bounds"
-        )
-        view = PagedView(k_pages, v_pages, table, batch.lengths)
+        slots = batch.slots[:, None]
+        k_at = (*at, slice(None), slots) if self.keys_transposed else (*at, slots)
+        k_pages = self.k.at[k_at].set(k.astype(self.k.dtype), mode="promise_in_bounds")
+        v_pages = self.v.at[*at, slots].set(v.astype(self.v.dtype), mode="promise_in_bounds")
+        view = PagedView(k_pages, v_pages, table, batch.lengths, self.keys_transposed)
         parts = []
         if B:
             rect = q[: B * n].reshape(B, n, *q.shape[1:])

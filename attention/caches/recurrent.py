@@ -36,6 +36,14 @@ class RecurrentState:
     conv: jax.Array
     ssm: jax.Array
 
+    def layer(self, index: jax.Array) -> RecurrentState:
+        """One layer of several that share arrays with a leading layer axis."""
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), self)
+
+    def put(self, index: jax.Array, new: RecurrentState) -> RecurrentState:
+        """These arrays with `layer(index)` replaced."""
+        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, index, 0), self, new)
+
     @classmethod
     def create(cls, seats: int, zero: Carry) -> RecurrentState:
         """State for `seats` sequences; `zero` is one row's carry (`Mamba2.zero`)."""
@@ -116,6 +124,14 @@ class RecurrentState:
 @dataclass(frozen=True)
 class Stateless:
     """No memory (kind NONE): B fresh rows of q tokens (`attention.batch.rectangle`), for training and scoring."""
+
+    def layer(self, index: jax.Array) -> Stateless:
+        del index
+        return self
+
+    def put(self, index: jax.Array, new: Stateless) -> Stateless:
+        del index
+        return new
 
     def run(
         self, advance: Advance, inputs: jax.Array, zero: Carry, batch: Batch

@@ -17,6 +17,14 @@ from ..ops import AttentionSpec
 class Uncached:
     """Attention inside each of B fresh rows of q tokens (`attention.batch.rectangle`)."""
 
+    def layer(self, index: jax.Array) -> Uncached:
+        del index
+        return self
+
+    def put(self, index: jax.Array, new: Uncached) -> Uncached:
+        del index
+        return new
+
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec
     ) -> tuple[jax.Array, Uncached]:

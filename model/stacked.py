@@ -1,0 +1,47 @@
+"""Stacked decoders: equal blocks share one program under a scan, their weights with a leading layer axis.
+
+On TPU and GPU targets this makes programs small and quick to compile. On CPU it is 1.8 to 8 times slower than
+separate arrays in a Python loop, so the CPU does not stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .config import ModelConfig
+from .decoder import Decoder
+from .layers import Numerics
+
+
+def period_of(config: ModelConfig) -> int:
+    """The shortest period after which the blocks repeat; num_layers when they never do."""
+    blocks = config.blocks
+    lengths = (p for p in range(1, len(blocks) + 1) if len(blocks) % p == 0)
+    return next(p for p in lengths if all(blocks[i] == blocks[i % p] for i in range(len(blocks))))
+
+
+def stack(params: Mapping[Any, Any], period: int) -> dict[Any, Any]:
+    """Separate layers -> stacked: leaf [...] of layers p, p + period, ... -> [repeats, ...] of block p."""
+    blocks = params["blocks"]
+    stacked = {}
+    for place in range(period):
+        layers = [blocks[index] for index in range(place, len(blocks), period)]
+        stacked[place] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return {**params, "blocks": stacked}
+
+
+def abstract_stacked(config: ModelConfig, numerics: Numerics, period: int) -> tuple[nnx.GraphDef, dict]:
+    """(graphdef, params as ShapeDtypeStructs) of a stacked decoder."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, numerics=numerics, rngs=nnx.Rngs(0), period=period))
+    graphdef, state = nnx.split(decoder)
+    specs = nnx.to_pure_dict(state)
+    repeats = config.num_layers // period
+    specs["blocks"] = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((repeats, *leaf.shape), leaf.dtype), specs["blocks"]
+    )
+    return graphdef, specs

@@ -1,0 +1,93 @@
+"""Sharding plans: one table from logical axes to mesh axes, applied to weights and state.
+
+Weights carry the logical name of each dimension where they are defined (`model/layers.py`); a plan maps names to
+mesh axes, and everything else follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "layers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`table` maps logical axes to mesh axes; those that it does not name are replicated."""
+
+    name: str
+    table: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        unknown = [logical for logical, _ in self.table if logical not in LOGICAL]
+        if unknown:
+            raise ValueError(
+                f"plan {self.name!r} names unknown logical axes {unknown}; known: {', '.join(LOGICAL)}"
+            )
+
+    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+        """The partition of an array whose trailing dimensions have these logical axes.
+
+        A mesh axis that two dimensions claim goes to the first (weights of attention have both `heads` and
+        `embed`); a dimension that its mesh axis does not divide is an error.
+        """
+        table, used = dict(self.table), set()
+        parts: list[str | None] = [None] * (len(shape) - len(axes))
+        for name, size in zip(axes, shape[len(parts) :]):
+            target = table.get(name) if name is not None else None
+            if target in used:
+                raise ValueError(
+                    f"plan {self.name!r} maps two dimensions of {axes} to mesh axis {target!r}; map one of them "
+                    f"to another axis"
+                )
+            if target is not None and size % mesh.shape[target]:
+                raise ValueError(
+                    f"plan {self.name!r} splits {name!r} over {mesh.shape[target]} chips, but its size is {size}; "
+                    f"use a mesh axis whose size divides {size}"
+                )
+            if target is not None:
+                used.add(target)
+            parts.append(target)
+        return PartitionSpec(*parts)
+
+    def place_params(self, graphdef: nnx.GraphDef, specs: Mapping[Any, Any], mesh: Mesh) -> Any:
+        """ShapeDtypeStructs of the params -> the same with their shardings."""
+        module = nnx.merge(graphdef, specs)
+        axes = nnx.to_pure_dict(
+            jax.tree.map(
+                lambda v: tuple(v.get_metadata()["axes"]),
+                nnx.state(module),
+                is_leaf=lambda v: isinstance(v, nnx.Variable),
+            )
+        )
+        return jax.tree.map(
+            lambda leaf, names: _placed(leaf, mesh, self.spec(names, leaf.shape, mesh)), specs, axes,
+            is_leaf=lambda v: isinstance(v, jax.ShapeDtypeStruct),
+        )  # fmt: skip
+
+    def place_state(self, specs: tuple, mesh: Mesh) -> tuple:
+        """ShapeDtypeStructs of the state -> the same with their shardings: pages [M,Hkv,..] by KV head."""
+        target = dict(self.table).get("kv_heads")
+
+        def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            paged = leaf.ndim == 4
+            parts = PartitionSpec(None, target) if paged and target else PartitionSpec()
+            return _placed(leaf, mesh, parts)
+
+        return jax.tree.map(one, specs)
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+
+TENSOR = Plan(
+    "tensor",
+    (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor")),
+)
