@@ -8,8 +8,9 @@ from .common import sizes
 
 
 def draw(rng: random.Random) -> dict:
-    experts = rng.choice([2, 4, 7])
-    return sizes(rng) | {
+    experts, raw = rng.choice([2, 4, 7]), sizes(rng)
+    return raw | {
+        "hidden_size": raw["num_attention_heads"] * 8,  # torch's grouped product wants rows of 16 bytes
         "num_local_experts": experts,
         "num_experts_per_tok": rng.choice([1, 2, min(3, experts)]),
         "intermediate_size": rng.choice([12, 20]),

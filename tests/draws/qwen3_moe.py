@@ -20,7 +20,8 @@ def draw(rng: random.Random) -> dict:
         "attention_bias": rng.random() < 0.3,
         "rope_theta": rng.choice([100.0, 1e6]),
     }
-    return raw | {"num_hidden_layers": 3}
+    # torch's grouped product wants rows of 16 bytes.
+    return raw | {"num_hidden_layers": 3, "hidden_size": raw["num_attention_heads"] * 8}
 
 
 def control(raw: dict) -> None:
