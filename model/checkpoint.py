@@ -12,36 +12,64 @@ final dtype, which the CPU back end takes over without a copy; elsewhere the buf
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from .config import BlockConfig, ModelConfig
-from .decoder import Block, Decoder
+from .config import ModelConfig
 from .families import find
 from .families.common import Either, Source, Stack, token_ids
+from .hub import resolve
 from .layers import Numerics
+from .orbax import is_orbax, orbax_config, restore_orbax, save_orbax
+from .params import Shardings, abstract, flatten, random_params, shardings_of, some, unflatten
 from .stored import Reader, open_checkpoint, read_json
 
-Shardings = Callable[[str], jax.sharding.Sharding] | Mapping[Any, Any] | jax.sharding.Sharding | None
-"""One sharding for all, a pytree like the params, or a function of the dotted path."""
+__all__ = [
+    "Reader",
+    "Shardings",
+    "abstract",
+    "flatten",
+    "is_orbax",
+    "load",
+    "load_config",
+    "load_generation_config",
+    "open_checkpoint",
+    "random_params",
+    "read_config",
+    "resolve",
+    "restore_orbax",
+    "save_orbax",
+    "unflatten",
+]
 
 BUFFERS = (
     r".*rotary_emb\.inv_freq",
     r".*\.(attn|attention)\.(bias|masked_bias)",
 )
-SHOWN = 4
+
+
+def read_config(raw: dict) -> ModelConfig:
+    """What a raw `config.json` means, by the family of its `model_type`."""
+    for place in (raw, raw.get("text_config")):
+        if isinstance(place, dict) and place.get("quantization_config"):
+            method = place["quantization_config"]
+            method = method.get("quant_method", method) if isinstance(method, dict) else method
+            raise ValueError(
+                f"quantization_config is {method!r}: quantised checkpoints are not read. Load the unquantised "
+                "checkpoint and quantise it with a transform."
+            )
+    return find(raw.get("model_type")).config(raw)
 
 
 def load_config(folder: str | Path) -> tuple[dict, ModelConfig]:
-    """The raw `config.json` of a folder and what its family makes of it."""
+    """The raw `config.json` of a folder and what its family makes of it (of an Orbax folder: its own record)."""
     folder = Path(folder)
+    if is_orbax(folder):
+        return orbax_config(folder)
     path = folder / "config.json"
     if not path.is_file():
         if folder.is_dir() and any(folder.glob("*.gguf")):
@@ -50,16 +78,8 @@ def load_config(folder: str | Path) -> tuple[dict, ModelConfig]:
             )
         raise ValueError(f"{path} is missing; a checkpoint's folder needs it beside the weights: fetch it")
     raw = read_json(path)
-    for place in (raw, raw.get("text_config")):
-        if isinstance(place, dict) and place.get("quantization_config"):
-            method = place["quantization_config"]
-            method = method.get("quant_method", method) if isinstance(method, dict) else method
-            raise ValueError(
-                f"{path} has a quantization_config ({method!r}): quantised checkpoints are not read. Load the "
-                "unquantised checkpoint and quantise it with a transform."
-            )
     try:
-        return raw, find(raw.get("model_type")).config(raw)
+        return raw, read_config(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -81,47 +101,6 @@ def load_generation_config(folder: str | Path) -> dict:
         raise ValueError(f"{path}: eos_token_id: {error}") from error
 
 
-# ---------------------------------------------------------------- trees of parameters
-
-
-def flatten(params: Mapping[Any, Any]) -> dict[str, Any]:
-    """A nested dict of parameters -> {dotted path: leaf}."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict:
-    """The inverse of `flatten`: parts of a path that are digits become int keys."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        keys = [int(key) if key.isdigit() else key for key in path.split(".")]
-        place = tree
-        for key in keys[:-1]:
-            place = place.setdefault(key, {})
-        place[keys[-1]] = leaf
-    return tree
-
-
-def abstract(config: ModelConfig, numerics: Numerics = Numerics()) -> tuple[nnx.GraphDef, dict]:
-    """(graphdef, params as ShapeDtypeStructs): what `nnx.merge` and planning need, without arrays."""
-    decoder = nnx.eval_shape(lambda: Decoder(config, numerics=numerics, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(decoder)
-    return graphdef, nnx.to_pure_dict(state)
-
-
-def shardings_of(shardings: Shardings, paths: Iterable[str]) -> dict[str, jax.sharding.Sharding | None]:
-    """The sharding of each path; None is the default device."""
-    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-        return dict.fromkeys(paths, shardings)
-    if isinstance(shardings, Mapping):
-        given = flatten(shardings)
-        absent = [path for path in paths if path not in given]
-        if absent:
-            raise ValueError(f"the shardings lack {_some(absent)}; give one sharding for each parameter")
-        return {path: given[path] for path in paths}
-    return {path: shardings(path) for path in paths}
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -133,7 +112,8 @@ def load(
     Of a sharded parameter only the addressable shards are read. ValueError (file, tensor, both shapes, remedy)
     for tensors that are missing, unexpected or misshapen, and for files that are not whole.
     """
-    folder = Path(folder)
+    if is_orbax(folder):
+        return restore_orbax(folder, numerics, sharding)[0]
     reader = open_checkpoint(folder)
     specs = flatten(abstract(config, numerics)[1])
     views = _match(reader, config, specs)
@@ -221,11 +201,6 @@ def _check_tied(reader: Reader, head: str, embedding: str) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
-
-
 def _why(path: str, config: ModelConfig) -> str:
     if path in ("embedding.weight", "lm_head.weight"):
         return f" (vocab_size = {config.vocab_size}, hidden_size = {config.hidden_size})"
@@ -236,9 +211,9 @@ def _disagreement(reader: Reader, config: ModelConfig, missing: list[str], extra
     """What the checkpoint lacks, what it has too much, and the likeliest reason."""
     lines = [f"{reader.folder} does not hold a {config.model_type} model as its config.json describes it"]
     if missing:
-        lines.append(f"missing tensors: {_some(missing)}")
+        lines.append(f"missing tensors: {some(missing)}")
     if extra:
-        lines.append(f"unexpected tensors: {_some(extra)}")
+        lines.append(f"unexpected tensors: {some(extra)}")
     numbers = [
         int(n)
         for name in reader.names
@@ -290,29 +265,3 @@ def _place(views: Views, spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Shar
         return made[key]
 
     return jax.block_until_ready(jax.make_array_from_callback(spec.shape, sharding, shard))
-
-
-# ---------------------------------------------------------------- random weights
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _random_block(config: BlockConfig, hidden: int, numerics: Numerics, key: jax.Array) -> dict:
-    block = Block(config, hidden, numerics=numerics, rngs=nnx.Rngs(params=key))
-    return nnx.to_pure_dict(nnx.state(block))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _random_rest(config: ModelConfig, numerics: Numerics, key: jax.Array) -> dict:
-    decoder = Decoder(replace(config, blocks=()), numerics=numerics, rngs=nnx.Rngs(params=key))
-    return nnx.to_pure_dict(nnx.state(decoder))
-
-
-def random_params(config: ModelConfig, numerics: Numerics = Numerics(), seed: int = 0) -> dict:
-    """Params of random weights; equal blocks share one compiled initialiser, so deep models start fast."""
-    key = jax.random.key(seed, impl="rbg")
-    params = _random_rest(config, numerics, jax.random.fold_in(key, 0))
-    params["blocks"] = {
-        index: _random_block(block, config.hidden_size, numerics, jax.random.fold_in(key, index + 1))
-        for index, block in enumerate(config.blocks)
-    }
-    return params
