@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +94,18 @@ class Recipe:
             max_position=self.max_position,
             tie=True,
         )
+
+    def changed(self, settings: Sequence[str]) -> Recipe:
+        """This recipe with fields replaced by "name=number" settings, as the command line gives them."""
+        known, changes = asdict(self), {}
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            if name not in known or not value:
+                raise ValueError(
+                    f"{setting!r} sets no field of a recipe; write NAME=NUMBER, NAME of {list(known)}"
+                )
+            changes[name] = type(known[name])(value)
+        return replace(self, **changes)
 
     def ending_at(self, steps: int) -> Recipe:
         """The same run made shorter or longer: its decay and long part keep their lengths where they fit."""
@@ -283,8 +297,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--steps", type=int, help="end here instead (the decay and the long part move along)")
     parser.add_argument("--stop", type=int, help="pause after this many updates, with a checkpoint")
-    parser.add_argument("--rate", type=float, help="Muon's peak rate from here on")
-    parser.add_argument("--adam-rate", type=float, help="AdamW's peak rate from here on")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other recipe fields")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --out")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use instead of training one")
     parser.add_argument("--source", type=Path, default=data.standard_library(), help="train on this folder")
@@ -292,17 +305,19 @@ def main() -> None:
     recipe = {"demo": DEMO, "draft": DRAFT}[args.recipe]
     if args.steps is not None:
         recipe = recipe.ending_at(args.steps)
-    given_rates = {"rate": args.rate, "adam_rate": args.adam_rate}
-    recipe = replace(recipe, **{name: rate for name, rate in given_rates.items() if rate is not None})
+    recipe = recipe.changed(args.set)
     saved = args.out / "tokenizer.json"
     given = args.tokenizer or (saved if args.resume and saved.exists() else None)
     tokenizer = None if given is None else Tokenizer.from_file(str(given))
     tokenizer, corpus = load_corpus(args.source, tokenizer, recipe.vocab, recipe.seed)
     args.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(recipe, corpus, args.out, resume=args.resume)
     tokenizer.save(str(saved))
     (args.out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    with (args.out / "commands.txt").open("a") as commands:
+        commands.write(f"{shlex.join(sys.argv[1:])} # from step {int(trainer.state.step)}\n")
     print(f"{len(corpus.training)} training tokens, {len(corpus.held_out)} held out", flush=True)
-    Trainer(recipe, corpus, args.out, resume=args.resume).run(stop=args.stop)
+    trainer.run(stop=args.stop)
 
 
 if __name__ == "__main__":
