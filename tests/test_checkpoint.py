@@ -180,7 +180,7 @@ def cut(data: bytes) -> bytes:
         (lambda data: data[:20], "its header alone needs"),
         (lambda data: b"", "its header alone needs"),
         (lambda data: data[:8] + b"x" + data[9:], "its header is not JSON"),
-        (lambda data: data.replace(b'"shape":[24,24]', b'"shape":[24,25]'), "shape .24, 25. and dtype F32 has 2304 bytes"),
+        (lambda data: data.replace(b"[24,24]", b"[24,25]"), "of shape .24, 25. and dtype F32 has 2304 bytes"),
         (lambda data: data.replace(b'"dtype"', b'"dtyqe"'), "its header is malformed"),
     ],
 )  # fmt: skip
