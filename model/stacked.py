@@ -35,6 +35,17 @@ def stack(params: Mapping[Any, Any], period: int) -> dict[Any, Any]:
     return {**params, "blocks": stacked}
 
 
+def unstack(params: Mapping[Any, Any], period: int) -> dict[Any, Any]:
+    """The inverse of `stack`."""
+    repeats = len(jax.tree.leaves(params["blocks"][0])[0])
+    blocks = {
+        repeat * period + place: jax.tree.map(lambda a, at=repeat: a[at], params["blocks"][place])
+        for repeat in range(repeats)
+        for place in range(period)
+    }
+    return {**params, "blocks": dict(sorted(blocks.items()))}
+
+
 def abstract_stacked(config: ModelConfig, numerics: Numerics, period: int) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, params as ShapeDtypeStructs) of a stacked decoder."""
     decoder = nnx.eval_shape(lambda: Decoder(config, numerics=numerics, rngs=nnx.Rngs(0), period=period))

@@ -140,7 +140,7 @@ def build_engine(
     programs = Programs(
         graphdef, params, jax.jit(lambda: make_state(config, capacity, period))(),
         Sampler(config.vocab_size, build.max_num_seqs), BucketPlan.make(build.max_num_seqs, budget),
-        page_size=page_size, width=width, strict=build.strict,
+        page_size=page_size, width=width, period=period, strict=build.strict,
     )  # fmt: skip
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
     engine = Engine(

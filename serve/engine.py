@@ -86,7 +86,7 @@ class Engine:
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = Detokenizer(
                     self.tokenizer, params.skip_special_tokens, params.stop or (),
-                    params.include_stop_str_in_output, params.min_tokens, prompt[-16:],
+                    params.include_stop_str_in_output, params.min_tokens, prompt,
                 )  # fmt: skip
             sample = Sample(
                 request, index, sequence, detokenizer, frozenset(params.stop_token_ids or ()), eos

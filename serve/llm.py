@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..model import checkpoint
 from ..model.config import ModelConfig
 from ..model.layers import Numerics
+from ..model.stacked import unstack
 from . import chat
 from .build import Build, build_engine, choose_numerics
 from .interrupt import deferred_interrupt
@@ -38,6 +39,7 @@ class LLM:
         num_pages, page_size: the KV pool; None: chosen from the memory at hand and the back end.
         seed: seeds requests that bring no seed of their own.
         strict: a compilation after warm-up is an error.
+        skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).
 
     Raises ValueError, naming what is wrong and the remedy, for checkpoints and settings that cannot work.
@@ -46,12 +48,14 @@ class LLM:
     def __init__(
         self, model: str | Path = "demo", *, dtype: str | None = None, max_model_len: int | None = None,
         max_num_seqs: int = 8, max_num_batched_tokens: int = 512, num_pages: int | None = None,
-        page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True,
+        page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True, skip_tokenizer_init: bool = False,
     ):  # fmt: skip
         folder = checkpoint.resolve(model)
-        config, tokenizer = checkpoint.load_config(folder)[1], Tokenizer.load(folder)
+        config = checkpoint.load_config(folder)[1]
+        tokenizer = None if skip_tokenizer_init else Tokenizer.load(folder)
         numerics = choose_numerics(dtype, config.dtype)
         params = checkpoint.load(folder, config, numerics)
+        self.folder: Path | None = folder
         build = Build(max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict)
         self._start(str(model), config, numerics, params, tokenizer, build, progress)
 
@@ -67,6 +71,7 @@ class LLM:
             config = checkpoint.read_config(config)
         numerics = choose_numerics(dtype, config.dtype)
         self = cls.__new__(cls)
+        self.folder = None
         build = Build(max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict)
         params = checkpoint.random_params(config, numerics, seed)
         self._start(f"{config.model_type} (random)", config, numerics, params, tokenizer, build, progress)
@@ -116,12 +121,18 @@ class LLM:
         *,
         tools: list[Any] | None = None,
         chat_template: str | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation (a list of messages), or several (a list of lists)."""
+        """Answer a conversation (a list of messages), or several (a list of lists).
+
+        tools, chat_template, add_generation_prompt (None: unless the final message is continued),
+        continue_final_message and chat_template_kwargs mean what they mean to transformers' chat templates.
+        """
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         alone = not messages or isinstance(messages[0], dict)
         conversations: list[Any] = [messages] if alone else list(messages)
         prompts = [
@@ -157,6 +168,15 @@ class LLM:
             if not self._closed:
                 self._closed = True
                 self.engine.programs.close()
+
+    def save(self, path: str | Path) -> None:
+        """Write an Orbax checkpoint (weights, config, tokenizer files) that `LLM(path)` opens again.
+
+        ValueError when the folder exists already.
+        """
+        programs = self.engine.programs
+        params = programs.params if programs.period is None else unstack(programs.params, programs.period)
+        checkpoint.save_orbax(path, params, self.config, tokenizer_from=self.folder)
 
     def __enter__(self) -> Self:
         return self

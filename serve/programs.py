@@ -132,11 +132,11 @@ class Programs:
 
     def __init__(
         self, graphdef: nnx.GraphDef, params: Any, state: tuple, sampler: Sampler, plan: BucketPlan, *,
-        page_size: int, width: int, strict: bool = False,
+        page_size: int, width: int, period: int | None = None, strict: bool = False,
     ):  # fmt: skip
         self.graphdef, self.params, self.state = graphdef, params, state
         self.sampler, self.plan = sampler, plan
-        self.page_size, self.width, self.strict = page_size, width, strict
+        self.page_size, self.width, self.period, self.strict = page_size, width, period, strict
         self.sampler_state = jax.jit(sampler.init)()
         self.compiled: dict[Any, Any] = {}
         self.late_compilations = 0

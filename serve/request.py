@@ -78,7 +78,7 @@ class Sample:
             self.logprobs.append(logprobs)
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + logprobs[token].logprob
         generated = len(sequence.tokens) - len(self.request.prompt_ids)
-        ended = generated >= params.min_tokens and (token in self.eos_ids or token in self.stop_ids)
+        ended = generated > params.min_tokens and (token in self.eos_ids or token in self.stop_ids)
         if ended:
             self.finish_reason = "stop"
             self.stop_reason = None if token in self.eos_ids else token

@@ -209,16 +209,15 @@ class Sampler:
             for processor, held in zip(self.processors, state.processors, strict=True)
         ]
         u = self._uniforms(state, seats, ctx)
+        z = logits
         if self.processors:
-            token, detail = jax.lax.cond(
+            z = jax.lax.cond(
                 jnp.stack(wanted).any(),
-                lambda: self._finish(
-                    state, logits, self._process(state, logits, seats, ctx, wanted), u, seats, ctx
-                ),
-                lambda: self._finish(state, logits, logits, u, seats, ctx),
+                lambda z: self._process(state, z, seats, ctx, wanted),
+                lambda z: z,
+                logits,
             )
-        else:
-            token, detail = self._finish(state, logits, logits, u, seats, ctx)
+        token, detail = self._finish(state, logits, z, u, seats, ctx)
         with jax.named_scope("update"):
             processors = tuple(
                 processor.update(held, seats, token, live)
@@ -261,7 +260,7 @@ class Sampler:
             processed = live & state.processed[seats]
 
             def full():
-                return score(raw if z is raw else jnp.where(processed[:, None], z, raw), token, K)
+                return score(jnp.where(processed[:, None], z, raw), token, K)
 
             def own():
                 bits = jax.lax.bitcast_convert_type(logprob_of(raw, token), jnp.int32)

@@ -1,0 +1,112 @@
+"""What the benchmarks share: shapes, a checkpoint of random weights, a quiet-machine check, interleaved timing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+LLAMA_125M = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 2048,
+    "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32", "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+EXIT_LOADED = 3
+
+
+def checkpoint(raw: dict = LLAMA_125M, seed: int = 0) -> Path:
+    """A folder with random float32 weights under Hugging Face names, made once a machine."""
+    from safetensors.numpy import save_file
+
+    folder = (
+        Path(tempfile.gettempdir())
+        / f"tokenloom-bench-{raw['hidden_size']}x{raw['num_hidden_layers']}-{seed}"
+    )
+    if (folder / "model.safetensors").exists():
+        return folder
+    folder.mkdir(exist_ok=True)
+    draw, E, I, V = (
+        np.random.default_rng(seed),
+        raw["hidden_size"],
+        raw["intermediate_size"],
+        raw["vocab_size"],
+    )
+    q, kv = (raw[key] * raw["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, E), "lm_head.weight": (V, E)}
+    for layer in range(raw["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        sizes = {"q": (q, E), "k": (kv, E), "v": (kv, E), "o": (E, q)}
+        shapes |= {f"{at}self_attn.{name}_proj.weight": shape for name, shape in sizes.items()}
+        sizes = {"gate": (inner, E), "up": (inner, E), "down": (E, inner)}
+        shapes |= {f"{at}mlp.{name}_proj.weight": shape for name, shape in sizes.items()}
+    tensors = {
+        name: draw.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
+        for name, shape in shapes.items()
+    }
+    for layer in range(raw["num_hidden_layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = np.ones(E, np.float32)
+    tensors["model.norm.weight"] = np.ones(E, np.float32)
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def others_load(seconds: float = 1.0) -> float:
+    """Cores that other processes kept busy while this one slept."""
+
+    def busy() -> int:
+        fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        return sum(fields) - fields[3] - fields[4]
+
+    before = busy()
+    time.sleep(seconds)
+    return (busy() - before) / os.sysconf("SC_CLK_TCK") / seconds
+
+
+def require_quiet(limit: float = 0.2) -> None:
+    """No figure when something else loads the machine."""
+    load = others_load()
+    if load > limit:
+        print(f"other processes keep {load:.2f} cores busy (limit {limit}): no figures from this run")
+        sys.exit(EXIT_LOADED)
+
+
+def read_bandwidth(megabytes: int = 1024) -> float:
+    """GB/s of summing a float32 array that no cache holds, one thread a core; the best of 5."""
+    data = np.ones(megabytes << 18, np.float32)
+    parts = np.array_split(data, os.cpu_count() or 1)
+    best = 0.0
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.add.reduce, parts))
+            best = max(best, data.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def interleaved(contenders: dict[str, Callable[[], float]], rounds: int = 5) -> dict[str, float]:
+    """Run each contender once to warm up, then all in turn, `rounds` times; the smallest figure of each."""
+    for run in contenders.values():
+        run()
+    best = dict.fromkeys(contenders, float("inf"))
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            best[name] = min(best[name], run())
+    return best
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; the first row is the header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
