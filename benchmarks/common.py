@@ -34,12 +34,8 @@ def checkpoint(raw: dict = LLAMA_125M, seed: int = 0) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(exist_ok=True)
-    draw, E, I, V = (
-        np.random.default_rng(seed),
-        raw["hidden_size"],
-        raw["intermediate_size"],
-        raw["vocab_size"],
-    )
+    draw, E, V = np.random.default_rng(seed), raw["hidden_size"], raw["vocab_size"]
+    inner = raw["intermediate_size"]
     q, kv = (raw[key] * raw["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, E), "lm_head.weight": (V, E)}
     for layer in range(raw["num_hidden_layers"]):

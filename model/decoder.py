@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: BlockConfig, hidden: int, *, numerics: Numerics, rngs: nnx.Rngs):
         self.config = config
-        kinds = dict(numerics=numerics, rngs=rngs)
+        kinds: dict[str, Any] = dict(numerics=numerics, rngs=rngs)
         if isinstance(config.mixer, AttentionConfig):
             self.mixer = Attention(config.mixer, hidden, **kinds)
         else:
@@ -85,7 +86,7 @@ class Decoder(nnx.Module):
         self.period = period
         E, V = config.hidden_size, config.vocab_size
         size = config.embed_size or E
-        kinds = dict(numerics=numerics, rngs=rngs)
+        kinds: dict[str, Any] = dict(numerics=numerics, rngs=rngs)
         self.embedding = Embedding(V, size, axes=("vocab", "embed"), **kinds)
         learned = config.learned_positions
         self.positions = Embedding(learned[0], E, axes=(None, "embed"), **kinds) if learned else None

@@ -14,8 +14,8 @@ from ..model import checkpoint
 from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
 from ..model.matmul import Forms
-from ..model.state import Capacity, make_state, page_bytes, state_bytes, state_spec
 from ..model.stacked import abstract_stacked, period_of, stack
+from ..model.state import Capacity, make_state, page_bytes, state_bytes, state_spec
 from .engine import Engine
 from .pages import PageAllocator
 from .programs import BucketPlan, Programs

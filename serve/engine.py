@@ -79,7 +79,7 @@ class Engine:
         eos = frozenset() if params.ignore_eos else self.eos_ids
         end = limit if params.max_tokens is None else min(limit, len(prompt) + params.max_tokens)
         if params.prompt_logprobs is not None:
-            request.prompt_logprobs = [None] * len(prompt)
+            request.prompt_logprobs = [None for _ in prompt]
         for index in range(params.n):
             sequence = Sequence(list(prompt), end)
             detokenizer = None

@@ -48,7 +48,8 @@ class LLM:
     def __init__(
         self, model: str | Path = "demo", *, dtype: str | None = None, max_model_len: int | None = None,
         max_num_seqs: int = 8, max_num_batched_tokens: int = 512, num_pages: int | None = None,
-        page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True, skip_tokenizer_init: bool = False,
+        page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True,
+        skip_tokenizer_init: bool = False,
     ):  # fmt: skip
         folder = checkpoint.resolve(model)
         config = checkpoint.load_config(folder)[1]
@@ -230,7 +231,7 @@ class LLM:
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self._need_tokenizer("a text prompt").encode(prompt)
-        ids = list(prompt)  # type: ignore[arg-type]
+        ids: list[Any] = list(prompt)
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
             raise ValueError(f"a prompt is a string or a list of token ids (int); got {str(ids)[:80]}")
         return None, ids

@@ -66,7 +66,8 @@ class BucketPlan:
         beside = f", alone and beside {self.max_num_seqs} decodes" if self.max_num_seqs > 1 else ""
         return (
             f"decode widths {list(self.widths)}; prompt chunks {list(self.chunks)} of up to "
-            f"{self.prompt_rows} prompts{beside}; heads for {self.heads()} rows; {len(self.backbones())} backbones + {len(self.heads())} heads"
+            f"{self.prompt_rows} prompts{beside}; heads for {self.heads()} rows; "
+            f"{len(self.backbones())} backbones + {len(self.heads())} heads"
         )
 
 
@@ -231,8 +232,8 @@ def _count_compilations(programs: Programs) -> None:
     """Count JAX's compile events that happen while `programs` watches."""
     reference = weakref.ref(programs)
 
-    def listen(event: str, duration: float, **kwargs: Any) -> None:
-        del duration, kwargs
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         alive = reference()
         if alive is not None and alive._watching and event.endswith("backend_compile_duration"):
             alive.late_compilations += 1

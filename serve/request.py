@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .detokenizer import Detokenizer
-from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from .outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from .sampling.params import SamplingParams
 from .sampling.sampler import Scores
 from .scheduler import Sequence
@@ -59,7 +59,7 @@ class Sample:
     eos_ids: frozenset[int]
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
     @property

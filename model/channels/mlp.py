@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -18,7 +20,7 @@ class MLP(nnx.Module):
         size, bias = config.intermediate, config.bias
         self.up = Linear(hidden, size, ("mlp", "embed"), bias=bias, numerics=numerics, rngs=rngs)
         gate = config.gated
-        make = dict(bias=bias, numerics=numerics, rngs=rngs)
+        make: dict[str, Any] = dict(bias=bias, numerics=numerics, rngs=rngs)
         self.gate = Linear(hidden, size, ("mlp", "embed"), **make) if gate else None
         self.down = Linear(size, hidden, ("embed", "mlp"), bias=bias, numerics=numerics, rngs=rngs)
 
