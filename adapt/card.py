@@ -64,27 +64,20 @@ def draw(history: Sequence[dict], path: Path) -> bool:
     return True
 
 
-def command(recipe: Recipe, name: str) -> str:
-    """The command that makes this run again from nothing."""
-    tokenizer = "" if name == "demo" else " --tokenizer runs/demo/tokenizer.json"
-    return f"python -m tokenloom.adapt.train {name} --out runs/{name} --steps {recipe.steps}{tokenizer}"
-
-
-def _training(recipe: Recipe, history: Sequence[dict]) -> str:
-    """The paragraph about the training."""
-    steps, tokens = len(history), sum(record["tokens"] for record in history)
-    hours = sum(record["seconds"] for record in history) / 3600
-    long_text = ""
+def training(recipe: Recipe, history: Sequence[dict]) -> str:
+    """The paragraph about the training; `recipe` is that of the last command."""
+    tokens, hours = (
+        sum(record[name] for record in history) / per for name, per in (("tokens", 1), ("seconds", 3600))
+    )
+    ending = ""
     if recipe.long_steps:
-        long_text = (
-            f", the last {recipe.long_steps} at {recipe.long_batch} windows of {recipe.long_length:,} tokens"
-        )
+        ending = f", the last {recipe.long_steps} of them on windows of {recipe.long_length:,} tokens"
     return (
-        f"{steps:,} updates of {recipe.batch} windows of {recipe.length} tokens{long_text}: {tokens:,} tokens in "
-        f"{hours:.2f} hours of steps on a CPU shared with other work. Muon (peak rate {recipe.rate:g}) for the "
-        f"matrices of the blocks, AdamW (peak rate {recipe.adam_rate:g}) for the rest, weight decay "
-        f"{recipe.weight_decay:g}, gradient norm clipped at {recipe.clip:g}; warm-up over {recipe.warmup} "
-        f"updates, then stable, then linear to zero over the last {recipe.decay}. Float32 throughout."
+        f"{len(history):,} updates{ending}: {tokens:,.0f} tokens in {hours:.2f} hours of steps on a CPU shared with "
+        "other work. Muon for the matrices of the blocks, AdamW for the rest, weight decay "
+        f"{recipe.weight_decay:g}, gradient norm clipped at {recipe.clip:g}; the rate warms up over {recipe.warmup} "
+        f"updates and falls linearly to zero over the last {recipe.decay}. Float32 throughout. What a command does "
+        "not name is in `adapt/train.py`."
     )
 
 
@@ -114,7 +107,7 @@ lowest 4 % (`adapt/data.py`); they share authors and habits with the training fi
 
 ## How it was made
 
-    {command}
+{commands}
     python -m tokenloom.adapt.export runs/{name} --out model/{folder}
 
 {training}
@@ -131,9 +124,17 @@ are given under the same terms.
 
 
 def write(
-    folder: Path, recipe: Recipe, history: Sequence[dict], measured: Sequence[Measured], dtype: str
+    folder: Path,
+    recipe: Recipe,
+    history: Sequence[dict],
+    commands: Sequence[str],
+    measured: Sequence[Measured],
+    dtype: str,
 ) -> None:
-    """Write README.md, and the curve where matplotlib is installed, into an exported folder."""
+    """Write README.md, and the curve where matplotlib is installed, into an exported folder.
+
+    `recipe`, `history` and `commands` are the run's; `measured` are scores of the folder.
+    """
     name = "demo" if recipe.hidden >= 256 else "draft"
     picture = f"\n![Loss over training tokens]({CURVE})\n" if draw(history, folder / CURVE) else ""
     rows = [
@@ -156,8 +157,8 @@ def write(
         context=recipe.max_position,
         dtype=dtype,
         rows="\n".join(rows),
-        command=command(recipe, name),
-        training=_training(recipe, history),
+        commands="\n".join(f"    {command}" for command in commands),
+        training=training(recipe, history),
         picture=picture,
         python=".".join(platform.python_version_tuple()[:2]),
     )

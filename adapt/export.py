@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from ..model.checkpoint import flatten, unflatten
@@ -50,11 +51,11 @@ def restore(run: Path, recipe: Recipe, step: int | None = None) -> tuple[Any, in
             raise ValueError(
                 f"{run} has no checkpoint of step {step}; it has {list(checkpoints.all_steps())}"
             )
-        state = checkpoints.restore(step, args=ocp.args.StandardRestore(jax.eval_shape(fresh)))
+        state: Any = checkpoints.restore(step, args=ocp.args.StandardRestore(jax.eval_shape(fresh)))
     return state.params, step
 
 
-def hugging_face_config(config: ModelConfig, dtype: str, ids: dict[str, int]) -> dict:
+def hugging_face_config(config: ModelConfig, dtype: str, ids: Mapping[str, int | None]) -> dict:
     """The config.json of a Llama-architecture decoder; `ids` are those of the special tokens."""
     block = config.blocks[0]
     mixer, channel = block.mixer, block.channel
@@ -104,7 +105,7 @@ def write_folder(
         where = names[path]
         assert isinstance(where, Source), f"{path} is not one stored tensor of a Llama"
         tensors[where.name] = np.ascontiguousarray(np.asarray(leaf).astype(types[dtype]))
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     ids = {token: tokenizer.token_to_id(token) for token in tokenizers.SPECIAL}
     settings = hugging_face_config(config, dtype, ids)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -154,7 +155,8 @@ def main() -> None:
     if not args.no_card:
         history = [json.loads(line) for line in (args.run / "history.jsonl").read_text().splitlines()]
         history = [record for record in history if record["step"] <= step]
-        card.write(args.out, recipe, history, measure(args.out, args.other), args.dtype)
+        commands = (args.run / "commands.txt").read_text().splitlines()
+        card.write(args.out, recipe, history, commands, measure(args.out, args.other), args.dtype)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 Matrices inside the blocks are trained by Muon (Jordan et al. 2024; update size as in Liu et al. 2025,
 arXiv 2502.16982), everything else by AdamW, under a warm-up-stable-decay rate. A run folder holds the tokenizer,
-the recipe, Orbax checkpoints and the losses as JSON lines. A resumed run equals an uninterrupted one bit for bit:
-batches and rates are functions of the step, and everything else is in the checkpoint.
+the latest recipe, the commands given, Orbax checkpoints and the losses as JSON lines. A resumed run equals an
+uninterrupted one bit for bit: batches and rates are functions of the step, everything else is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Recipe:
 
 
 DEMO = Recipe(6, 256, 8, 4, 768, steps=1400, long_steps=250, decay=400)
-DRAFT = Recipe(2, 128, 4, 2, 320, steps=800, long_steps=100, decay=250, rate=6e-3, adam_rate=6e-3)
+DRAFT = Recipe(2, 128, 4, 2, 320, steps=600, long_steps=60, decay=400, rate=4e-3, adam_rate=3e-3)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "optimiser", "step"], meta_fields=[])
@@ -187,7 +187,7 @@ def optimiser(recipe: Recipe) -> optax.GradientTransformation:
 
 def make_step(
     graph: nnx.GraphDef, transform: optax.GradientTransformation
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, jax.Array]]:
+) -> Callable[[TrainState, jax.typing.ArrayLike], tuple[TrainState, jax.Array]]:
     """The compiled update: (state, windows i32[B, S+1]) -> (state, mean loss in nats); the state is donated."""
 
     def step(state: TrainState, windows: jax.Array) -> tuple[TrainState, jax.Array]:
@@ -229,7 +229,7 @@ class Trainer:
         transform = optimiser(recipe)
         self.step = make_step(self.graph, transform)
         self.evaluate = jax.jit(lambda params, windows: losses(self.graph, params, windows).mean())
-        self.state = TrainState(params, transform.init(params), jnp.zeros((), jnp.int32))
+        self.state: TrainState = TrainState(params, transform.init(params), jnp.zeros((), jnp.int32))
         self.windows = data.Windows(corpus.training, recipe.length, recipe.batch, recipe.seed)
         self.long = (
             data.Windows(corpus.training, recipe.long_length, recipe.long_batch, recipe.seed)
@@ -248,7 +248,8 @@ class Trainer:
         if latest is None:
             self.history.write_text("")
             return
-        self.state = self.checkpoints.restore(latest, args=ocp.args.StandardRestore(self.state))
+        restored: Any = self.checkpoints.restore(latest, args=ocp.args.StandardRestore(self.state))
+        self.state = restored
         kept = [line for line in self.history.read_text().splitlines() if json.loads(line)["step"] <= latest]
         self.history.write_text("".join(f"{line}\n" for line in kept))
 
@@ -315,7 +316,8 @@ def main() -> None:
     tokenizer.save(str(saved))
     (args.out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     with (args.out / "commands.txt").open("a") as commands:
-        commands.write(f"{shlex.join(sys.argv[1:])} # from step {int(trainer.state.step)}\n")
+        given = shlex.join(sys.argv[1:])
+        commands.write(f"python -m tokenloom.adapt.train {given}  # from step {int(trainer.state.step)}\n")
     print(f"{len(corpus.training)} training tokens, {len(corpus.held_out)} held out", flush=True)
     trainer.run(stop=args.stop)
 
