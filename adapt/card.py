@@ -89,10 +89,10 @@ tags: [code, python]
 ---
 # {title}
 
-A Llama-architecture language model of {parameters:,} parameters, trained from nothing by this project's own code
-on the Python standard library: {layers} layers of width {hidden}, {heads} query and {kv_heads} key-value heads of
-{head_dim}, MLP {intermediate}, tied embedding, a byte-level BPE of {vocab:,} entries, context {context:,}. Stored
-in {dtype}. It is here so that examples, tests and benchmarks have a real model that needs no download: it continues
+A Llama-architecture language model of {parameters:,} parameters, trained from nothing by this project's own code on
+the Python standard library: {layers} layers of width {hidden}, {heads} query and {kv_heads} key-value heads of
+{head_dim}, MLP {intermediate}, tied embedding, a byte-level BPE of {vocab:,} entries, context {context:,}. Stored in
+{dtype}. It is here so that examples, tests and benchmarks have a real model that needs no download: it continues
 Python, and knows nothing else.
 
 ## How good it is

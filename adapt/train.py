@@ -120,7 +120,7 @@ class Recipe:
 
 
 DEMO = Recipe(6, 256, 8, 4, 768, steps=1400, long_steps=250, decay=400)
-DRAFT = Recipe(2, 128, 4, 2, 320, steps=600, long_steps=60, decay=400, rate=4e-3, adam_rate=3e-3)
+DRAFT = Recipe(2, 128, 4, 2, 320, steps=700, long_steps=60, decay=450, rate=3e-3, adam_rate=1.2e-2)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "optimiser", "step"], meta_fields=[])

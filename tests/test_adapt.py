@@ -25,6 +25,7 @@ from tokenloom.attention.caches.uncached import Uncached
 from tokenloom.attention.ops import AttentionSpec
 from tokenloom.model.checkpoint import flatten, load, load_config
 
+jitted_losses = jax.jit(losses, static_argnums=0)
 MODELS = Path(__file__).resolve().parent.parent / "model"
 TINY = Recipe(
     1, 32, 4, 2, 48, steps=6, long_steps=2, decay=3, vocab=300, max_position=64,
@@ -231,8 +232,7 @@ def test_a_shortened_recipe_keeps_its_ending():
 
 def test_blocks_begin_as_the_identity():
     graph, params = build(TINY.model, 0)
-    losses_of = jax.jit(lambda params, tokens: losses(graph, params, tokens)[0])
-    first = losses_of(params, jnp.asarray([[5, 9, 5, 9, 7]]))
+    first = jitted_losses(graph, params, jnp.asarray([[5, 9, 5, 9, 7]]))[0]
     # With nothing added by the blocks a prediction depends on the current token alone: 5 -> 9 costs the same.
     assert first[0] == pytest.approx(float(first[2]), rel=1e-6) and abs(float(first[1] - first[3])) > 1e-4
 
@@ -273,8 +273,8 @@ def test_exported_folder_loads_and_gives_the_same_loss(run: Path, folder: Path, 
     params, _ = export.restore(run, TINY)
     graph, _ = build(TINY.model, 1)
     window = jnp.asarray([tokenizer.encode(SOURCE).ids[:33]])
-    expected = losses(graph, export.pure_dict(params), window)
-    np.testing.assert_array_equal(losses(graph, load(folder, config), window), expected)
+    expected = jitted_losses(graph, export.pure_dict(params), window)
+    np.testing.assert_array_equal(jitted_losses(graph, load(folder, config), window), expected)
     assert config.eos_token_ids == (0, tokenizer.token_to_id(tokenizers.END))
 
 
@@ -284,7 +284,7 @@ def test_score_is_the_sum_of_the_losses_over_the_bytes(folder: Path, tokenizer: 
     text = "def añd(left):"
     score = Evaluator.from_folder(folder).score(text)
     window = jnp.asarray([[0, *tokenizer.encode(text).ids]])
-    bits = float(losses(graph, load(folder, config), window).sum()) / np.log(2)
+    bits = float(jitted_losses(graph, load(folder, config), window).sum()) / np.log(2)
     assert score.bytes == len(text) + 1
     assert score.bits_per_byte == pytest.approx(bits / score.bytes, rel=1e-5)
 
