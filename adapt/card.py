@@ -108,7 +108,6 @@ lowest 4 % (`adapt/data.py`); they share authors and habits with the training fi
 ## How it was made
 
 {commands}
-    python -m tokenloom.adapt.export runs/{name} --out model/{folder}
 
 {training}
 {picture}
@@ -145,7 +144,6 @@ def write(
     text = TEMPLATE.format(
         title=f"Tokenloom {name}",
         name=name,
-        folder=folder.name,
         parameters=parameter_count(folder),
         layers=recipe.layers,
         hidden=recipe.hidden,

@@ -156,6 +156,10 @@ def main() -> None:
         history = [json.loads(line) for line in (args.run / "history.jsonl").read_text().splitlines()]
         history = [record for record in history if record["step"] <= step]
         commands = (args.run / "commands.txt").read_text().splitlines()
+        others = " ".join(["", "--other", *args.other]) if args.other else ""
+        commands.append(
+            f"python -m tokenloom.adapt.export runs/{args.run.name} --out model/{args.out.name}{others}"
+        )
         card.write(args.out, recipe, history, commands, measure(args.out, args.other), args.dtype)
 
 
