@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import NormConfig
-from .matmul import Forms, matmul
+from .matmul import matmul
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -30,12 +30,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class Numerics:
-    """How a model is stored and computed: parameter dtype, activation dtype, the matmul forms to use, and the
+    """How a model is stored and computed: parameter dtype, activation dtype, and the
     platform that it is compiled for ("cpu", "gpu", "tpu"): the target's, never that of the machine at hand."""
 
     param_dtype: jnp.dtype = jnp.dtype("float32")
     dtype: jnp.dtype = jnp.dtype("float32")
-    forms: Forms = Forms()
     platform: str = "cpu"
 
 
@@ -65,12 +64,11 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         scale: float | None = None,
     ):
-        self.forms = numerics.forms
         self.weight = param(rngs, (outputs, inputs), axes, numerics, scale or inputs**-0.5)
         self.bias = param(rngs, (outputs,), (axes[0],), numerics, 0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.weight[...], self.forms)
+        y = matmul(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -108,4 +106,4 @@ class Embedding(nnx.Module):
         return self.weight[...][index].astype(self.numerics.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self.weight[...], self.numerics.forms)
+        return matmul(x, self.weight[...])

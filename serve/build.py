@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from ..model import checkpoint
 from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
-from ..model.matmul import Forms
 from ..model.stacked import abstract_stacked, period_of, stack
 from ..model.state import Capacity, make_state, page_bytes, state_bytes, state_spec
 from .engine import Engine
@@ -55,7 +54,7 @@ def choose_numerics(dtype: str | None, stored: str, platform: str | None = None)
         raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}, or None")
     platform = platform or jax.devices()[0].platform
     if platform == "cpu":
-        return Numerics(jnp.dtype(dtype or "float32"), jnp.dtype("float32"), Forms(rows="left"), "cpu")
+        return Numerics(jnp.dtype(dtype or "float32"), jnp.dtype("float32"), platform="cpu")
     chosen = jnp.dtype(dtype or stored)
     return Numerics(chosen, chosen, platform=platform)
 

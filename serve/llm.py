@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -253,13 +254,16 @@ class LLM:
             with deferred_interrupt() as interrupted, tqdm(
                 total=len(requests), desc="generating", unit="prompt", disable=not show
             ) as bar:  # fmt: skip
-                waiting = {id(request): request for request in requests if not request.finished}
-                bar.update(len(requests) - len(waiting))
+                # Another thread's step may finish our requests, so the end is read from the requests.
+                waiting, mine = deque(requests), {id(request) for request in requests}
                 while waiting:
+                    while waiting and waiting[0].finished:
+                        waiting.popleft()
+                    if not waiting:
+                        break
                     with self._lock:
-                        for sample in self.engine.step():
-                            if sample.request.finished and waiting.pop(id(sample.request), None):
-                                bar.update(1)
+                        done = {id(s.request) for s in self.engine.step() if s.request.finished}
+                    bar.update(len(done & mine))
                     if interrupted():
                         raise KeyboardInterrupt
         except BaseException:
