@@ -12,8 +12,9 @@ final dtype, which the CPU back end takes over without a copy; elsewhere the buf
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -120,7 +121,7 @@ def load(
     places = shardings_of(sharding, specs)
     arrays = {}
     for path, spec in specs.items():
-        arrays[path] = _place(views[path], spec, places[path])
+        arrays[path] = _place(views[path](), spec, places[path])
     return unflatten(arrays)
 
 
@@ -130,8 +131,9 @@ Views = list[np.ndarray] | np.ndarray
 
 def _match(
     reader: Reader, config: ModelConfig, specs: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, Views]:
-    """For each parameter the stored views that make it, after every check that needs no weight's bytes."""
+) -> dict[str, Callable[[], Views]]:
+    """For each parameter a function that opens the stored views that make it, after every check of names and
+    shapes. Views are opened when a parameter is placed: a `part` that has to copy then lives no longer than that."""
     family = find(config.model_type)
     wanted = family.weights(config)
     assert wanted.keys() == specs.keys(), sorted(wanted.keys() ^ specs.keys())
@@ -143,9 +145,9 @@ def _match(
     missing = sorted(used - reader.names)
     if missing or extra:
         raise ValueError(_disagreement(reader, config, missing, extra))
-    views = {path: _views(entry, reader) for path, entry in chosen.items()}
+    views = {path: partial(_views, entry, reader) for path, entry in chosen.items()}
     for path, spec in specs.items():
-        view = views[path]
+        view = views[path]()
         got = (len(view), *view[0].shape) if isinstance(view, list) else view.shape
         if got != spec.shape:
             name = _names(chosen[path])[0]

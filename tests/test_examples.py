@@ -1,0 +1,19 @@
+"""The notebooks run from top to bottom (their code cells, in one namespace)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_run(path, capsys):
+    names: dict = {}
+    cells = json.loads(path.read_text())["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), path.name, "exec"), names)
+    printed = capsys.readouterr().out
+    assert "class Stack:" in printed and "the prompt is empty" in printed
