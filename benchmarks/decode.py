@@ -1,9 +1,8 @@
-"""Decode per token against transformers `generate` and llama.cpp: the same weights, one run, interleaved.
+"""Decode per token against transformers `generate`: the same weights, one run, interleaved.
 
-    python benchmarks/decode.py [--batch 1 8] [--llama-cpp]
+    python benchmarks/decode.py [--batch 1 8]
 
-Prints ms a step and ratios, with a read-bandwidth probe beside them. Needs the parity extra; --llama-cpp also
-needs `pip install llama-cpp-python gguf`.
+Prints ms a step and ratios, with a read-bandwidth probe beside them. Needs the parity extra.
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ def transformers(dtype: str, batch: int) -> Callable[[], float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--llama-cpp", action="store_true")
     arguments = parser.parse_args()
     require_quiet()
     print(f"read bandwidth {read_bandwidth():.1f} GB/s")
@@ -79,10 +77,6 @@ def main() -> None:
             "transformers float32": transformers("float32", batch),
             "transformers bfloat16": transformers("bfloat16", batch),
         }
-        if arguments.llama_cpp:
-            from llama_cpp_models import decode
-
-            contenders |= {f"llama.cpp {kind}": decode(kind, batch) for kind in ("f32", "f16", "q8_0")}
         times = interleaved(contenders)
         ours = times["tokenloom float32"]
         rows = [(f"batch {batch}", "ms a step", "time / tokenloom float32")]

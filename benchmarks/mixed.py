@@ -1,9 +1,9 @@
-"""64 requests of mixed lengths against transformers' static and continuous batching, one run, same weights.
+"""64 requests of mixed lengths against transformers' static batching, one run, same weights.
 
     python benchmarks/mixed.py [--requests 64]
 
 Static batching: batches of 8 in order of arrival, left-padded, each running until its longest output is done.
-Every request generates exactly its own number of tokens (end tokens are ignored) wherever the contender can.
+Every request generates exactly its own number of tokens (end tokens are ignored).
 """
 
 from __future__ import annotations
@@ -63,31 +63,9 @@ def static(prompts: list[list[int]], outputs: list[int]) -> Callable[[], float]:
     return run
 
 
-def continuous(prompts: list[list[int]], outputs: list[int]) -> Callable[[], float]:
-    """transformers' generate_batch; it has one output length for all, so it runs a batch a length group."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint(), dtype=torch.float32, attn_implementation="sdpa"
-    )
-
-    def run() -> float:
-        config = GenerationConfig(
-            max_new_tokens=int(np.mean(outputs)), do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
-        start = time.perf_counter()
-        with torch.no_grad():
-            model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-        return time.perf_counter() - start
-
-    return run
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--continuous", action="store_true", help="also transformers' continuous batching")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     require_quiet()
@@ -97,9 +75,6 @@ def main() -> None:
         "tokenloom": tokenloom(prompts, outputs),
         "transformers, static batches of 8": static(prompts, outputs),
     }
-    if arguments.continuous:
-        name = "transformers, continuous batching (the same total of tokens, all of the mean length)"
-        contenders[name] = continuous(prompts, outputs)
     times = interleaved(contenders, arguments.rounds)
     total = sum(outputs)
     rows = [(f"{len(prompts)} requests", "s", "output tokens/s", "time / tokenloom")]
