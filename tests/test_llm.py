@@ -171,6 +171,19 @@ def test_two_models_in_one_process_and_close(llm):
     assert text(llm.generate("import ", GREEDY)[0])
 
 
+def test_a_saved_model_opens_again(llm, tmp_path):
+    """Orbax: weights, config and tokenizer travel together."""
+    llm.save(tmp_path / "saved")
+    sizes = dict(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256, progress=False)
+    with LLM(tmp_path / "saved", **sizes) as again:
+        assert text(again.generate("class A", GREEDY)[0]) == text(llm.generate("class A", GREEDY)[0])
+        assert again.chat_prompt([{"role": "user", "content": "hi"}]) == llm.chat_prompt(
+            [{"role": "user", "content": "hi"}]
+        )
+    with pytest.raises(ValueError, match="exists"):
+        llm.save(tmp_path / "saved")
+
+
 def test_threads_share_one_engine(llm):
     prompts = ["def a(", "def b(", "def c("]
     expected = [text(output) for output in llm.generate(prompts, GREEDY)]
