@@ -74,12 +74,6 @@ def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tup
     return out, lse
 
 
-def backend_for(platform: str, page_dtype: jnp.dtype) -> tuple[str, ...]:
-    """Back ends to try, in order, for a target platform ("cpu", "tpu", "gpu"): names of modules."""
-    del platform, page_dtype
-    return ("tokenloom.attention.blockwise",)
-
-
 def attention(
     part: str,
     q: jax.Array,

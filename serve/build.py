@@ -144,7 +144,7 @@ def build_engine(
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
     engine = Engine(
         programs, pages, max_model_len=length, vocab_size=config.vocab_size, budget=budget,
-        tokenizer=tokenizer, eos_ids=eos, seed=build.seed,
+        tokenizer=tokenizer, eos_ids=eos,
     )  # fmt: skip
     return config, engine
 

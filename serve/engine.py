@@ -6,7 +6,6 @@ tokens stay on the device by seat, so the next step never waits for the host.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import time
@@ -40,7 +39,7 @@ class Engine:
 
     def __init__(
         self, programs: Programs, pages: PageAllocator, *, max_model_len: int, vocab_size: int,
-        budget: int, tokenizer: Tokenizer | None = None, eos_ids: Iterable[int] = (), seed: int = 0,
+        budget: int, tokenizer: Tokenizer | None = None, eos_ids: Iterable[int] = (),
     ):  # fmt: skip
         plan = programs.plan
         self.programs, self.pages, self.tokenizer = programs, pages, tokenizer
@@ -49,7 +48,6 @@ class Engine:
         )
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self.eos_ids = frozenset(eos_ids)
-        self.seeds = random.Random(seed)
         self.in_flight: Launched | None = None
         self.real_tokens = self.padded_tokens = self.steps = 0
 
