@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..model.stacked import unstack
 from . import chat
 from .build import Build, build_engine, choose_numerics
 from .interrupt import deferred_interrupt
+from .locks import FairLock
 from .outputs import RequestOutput
 from .request import Request
 from .sampling.params import SamplingParams
@@ -86,7 +86,7 @@ class LLM:
         self.name, self.tokenizer, self.seed, self.progress = name, tokenizer, build.seed, progress
         self.config, self.engine = build_engine(config, numerics, params, tokenizer, build)
         self.engine.programs.compile(progress)
-        self._lock = threading.RLock()
+        self._lock = FairLock()
         self._requests = 0
         self._closed = False
 
@@ -210,17 +210,21 @@ class LLM:
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Queue one prompt; ValueError when it can never run."""
-        if self._closed:
-            raise ValueError(f"LLM({self.name!r}) is closed; make a new one")
-        text, ids = self._tokens(prompt)
+        return self.enqueue(*self.tokens(prompt), params)
+
+    def enqueue(self, text: str | None, ids: list[int], params: SamplingParams) -> Request:
+        """Queue one tokenized prompt; ValueError when it can never run. Someone has to step the engine."""
         with self._lock:
+            if self._closed:
+                raise ValueError(f"LLM({self.name!r}) is closed; make a new one")
             index, self._requests = self._requests, self._requests + 1
             seed = params.seed if params.seed is not None else _derive_seed(self.seed, index)
             request = Request(str(index), text, ids, params, seed)
             self.engine.add(request)
         return request
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text (None when it came as token ids) and token ids; safe to call from any thread."""
         if isinstance(prompt, dict):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
@@ -228,7 +232,7 @@ class LLM:
                     f"a prompt dict holds 'prompt' (text) or 'prompt_token_ids'; got keys {sorted(prompt)}"
                 )
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), self._tokens(prompt["prompt_token_ids"])[1]
+                return prompt.get("prompt"), self.tokens(prompt["prompt_token_ids"])[1]
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self._need_tokenizer("a text prompt").encode(prompt)
