@@ -25,7 +25,7 @@ from .families import find
 from .families.common import Either, Source, Stack, token_ids
 from .hub import resolve
 from .layers import Numerics
-from .orbax import is_orbax, orbax_config, restore_orbax, save_orbax
+from .orbax import is_orbax, orbax_config, orbax_readers, restore_orbax, save_orbax
 from .params import Shardings, abstract, flatten, random_params, shardings_of, some, unflatten
 from .stored import Reader, open_checkpoint, read_json
 
@@ -41,6 +41,7 @@ __all__ = [
     "open_checkpoint",
     "random_params",
     "read_config",
+    "readers",
     "resolve",
     "restore_orbax",
     "save_orbax",
@@ -115,14 +116,26 @@ def load(
     """
     if is_orbax(folder):
         return restore_orbax(folder, numerics, sharding)[0]
+    read = readers(folder, config, numerics)
+    places = shardings_of(sharding, read)
+    return unflatten({path: place(places[path]) for path, place in read.items()})
+
+
+def readers(
+    folder: str | Path, config: ModelConfig, numerics: Numerics = Numerics()
+) -> dict[str, Callable[[jax.sharding.Sharding | None], jax.Array]]:
+    """For each parameter a function that reads it onto a sharding, so that a caller decides how many exist at a
+    time. All names and shapes are checked before this returns, as for `load`."""
+    if is_orbax(folder):
+        return orbax_readers(folder, numerics)
     reader = open_checkpoint(folder)
     specs = flatten(abstract(config, numerics)[1])
     views = _match(reader, config, specs)
-    places = shardings_of(sharding, specs)
-    arrays = {}
-    for path, spec in specs.items():
-        arrays[path] = _place(views[path](), spec, places[path])
-    return unflatten(arrays)
+
+    def read(path: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
+        return _place(views[path](), specs[path], sharding)
+
+    return {path: partial(read, path) for path in specs}
 
 
 Views = list[np.ndarray] | np.ndarray

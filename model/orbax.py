@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,25 +129,52 @@ def restore_orbax(
     """(params, config), each array straight to its sharding, in `numerics`' dtypes (None: as stored)."""
     path = Path(path).absolute()
     config = orbax_config(path)[1]
-    specs = flatten(abstract(config, numerics or Numerics())[1])
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = flatten(_stored_tree(checkpointer, path / ARRAYS))
-        shared = sorted(stored.keys() & specs.keys())
-        differing = sorted(stored.keys() ^ specs.keys())
-        differing += [name for name in shared if tuple(stored[name].shape) != specs[name].shape]
-        if differing:
-            raise ValueError(
-                f"{path / ARRAYS} and {RECORD} disagree about {some(differing)}; write them again"
-            )
+        specs = _specs(checkpointer, path, config, numerics)
         places = shardings_of(sharding, specs)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = {
-            name: jax.ShapeDtypeStruct(
-                spec.shape, spec.dtype if numerics else stored[name].dtype, sharding=places[name] or here
-            )
-            for name, spec in specs.items()
-        }
+        target = {name: _target(spec, places[name]) for name, spec in specs.items()}
         return checkpointer.restore(path / ARRAYS, unflatten(target)), config
+
+
+def orbax_readers(
+    path: str | Path, numerics: Numerics | None = None
+) -> dict[str, Callable[[jax.sharding.Sharding | None], jax.Array]]:
+    """For each array a function that reads it alone onto a sharding; names and shapes are checked first."""
+    path = Path(path).absolute()
+    config = orbax_config(path)[1]
+    with ocp.StandardCheckpointer() as checkpointer:
+        specs = _specs(checkpointer, path, config, numerics)
+
+    def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
+        item = unflatten({name: _target(specs[name], sharding)})
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            one = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+            return flatten(checkpointer.restore(path / ARRAYS, args=one))[name]
+
+    return {name: partial(read, name) for name in specs}
+
+
+def _specs(
+    checkpointer: ocp.StandardCheckpointer, path: Path, config: ModelConfig, numerics: Numerics | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is stored, in `numerics`' dtypes (None: as stored), after its names and shapes were checked."""
+    specs = flatten(abstract(config, numerics or Numerics())[1])
+    stored = flatten(_stored_tree(checkpointer, path / ARRAYS))
+    shared = sorted(stored.keys() & specs.keys())
+    differing = sorted(stored.keys() ^ specs.keys())
+    differing += [name for name in shared if tuple(stored[name].shape) != specs[name].shape]
+    if differing:
+        raise ValueError(f"{path / ARRAYS} and {RECORD} disagree about {some(differing)}; write them again")
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype if numerics else stored[name].dtype)
+        for name, spec in specs.items()
+    }
+
+
+def _target(spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding or here)
 
 
 def _stored_tree(checkpointer: ocp.StandardCheckpointer, path: Path) -> dict:

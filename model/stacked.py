@@ -35,6 +35,15 @@ def stack(params: Mapping[Any, Any], period: int) -> dict[Any, Any]:
     return {**params, "blocks": stacked}
 
 
+def parts(path: str, period: int, layers: int) -> list[str]:
+    """The dotted paths of the separate leaves that `stack` joins to the leaf `path`, in their order."""
+    first, _, rest = path.partition(".")
+    if first != "blocks":
+        return [path]
+    place, _, name = rest.partition(".")
+    return [f"blocks.{index}.{name}" for index in range(int(place), layers, period)]
+
+
 def unstack(params: Mapping[Any, Any], period: int) -> dict[Any, Any]:
     """The inverse of `stack`."""
     repeats = len(jax.tree.leaves(params["blocks"][0])[0])

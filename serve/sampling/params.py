@@ -5,7 +5,6 @@ Names, defaults and meanings are vLLM's, so that code and request files move ove
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,6 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..repetition import RepetitionDetectionParams
+
+MAX_N = 16384
+MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 64
@@ -43,12 +46,19 @@ class SamplingParams:
     stop_token_ids       token ids that end the output
     include_stop_str_in_output  keep the stop text in the output
     ignore_eos           go on after the end-of-text token
-    max_tokens           tokens to generate at most; None: as many as the engine allows
+    max_tokens           tokens to generate at most; None: as many as the engine allows. An engine's own
+                         max_output_tokens goes before it
     min_tokens           end-of-text and stop tokens are banned until so many tokens were generated
     seed                 0 to 2**64 - 1; None: drawn from the engine's seed and the request's index
     logprobs             report so many most likely tokens a step; 0: only the sampled token; None: nothing
     prompt_logprobs      the same for the prompt's tokens
     logprobs_mode        "raw": before the logits processors; "processed": after them
+    timeout_s            seconds from arrival, waiting included, after which the request ends with what it has
+                         (finish_reason "timeout"); None: no deadline
+    repetition_detection  RepetitionDetectionParams, or a dict of its fields: an output that repeats itself ends
+                         (finish_reason "repetition"); None: off
+    segment_tokens       each sample pauses after so many new tokens (finish_reason "segment"); `LLM.resume`
+                         continues it. None: one segment
     detokenize           whether to produce text
     skip_special_tokens, spaces_between_special_tokens  how to produce it
     """
@@ -74,6 +84,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprobs_mode: Literal["raw", "processed"] = "raw"
+    timeout_s: float | None = None
+    repetition_detection: RepetitionDetectionParams | Mapping[str, int] | None = None
+    segment_tokens: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -81,6 +94,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_lists()
+        self._set("repetition_detection", RepetitionDetectionParams.of(self.repetition_detection))
         for name in (
             "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens",
             "spaces_between_special_tokens",
@@ -111,9 +125,12 @@ class SamplingParams:
         real("presence_penalty", -2.0, 2.0, "use 0 for no penalty")
         real("frequency_penalty", -2.0, 2.0, "use 0 for no penalty")
         whole("top_k", -1, None, "use 0 or -1 to keep every token")
-        whole("n", 1, None, "ask for at least one sample")
+        whole("n", 1, MAX_N, "ask for at least one sample, and send several requests for more")
         whole("max_tokens", 1, None, "use None for as many as the engine allows", optional=True)
-        whole("min_tokens", 0, None, "use 0 for no lower limit")
+        whole("min_tokens", 0, MAX_TOKENS, "use 0 for no lower limit")
+        whole("segment_tokens", 1, None, "use None for one segment", optional=True)
+        if self.timeout_s is not None:
+            real("timeout_s", 0.0, f32_max, "use None for no deadline", open_low=True)
         whole("seed", 0, MAX_SEED, "use None for a seed from the engine", optional=True)
         for name in ("logprobs", "prompt_logprobs"):
             whole(name, 0, MAX_LOGPROBS, "use None for no log-probabilities", optional=True)
@@ -185,7 +202,7 @@ class SamplingParams:
 def _number(name: str, value: Any, kind: type, words: str, remedy: str) -> Any:
     if isinstance(value, bool | np.bool_) or not isinstance(value, kind):
         raise ValueError(f"{name}={value!r} is a {type(value).__name__} and must be {words}; {remedy}")
-    if math.isnan(value):  # type: ignore[arg-type]
+    if value != value:
         raise ValueError(f"{name}={value!r} is not a number; {remedy}")
     return value
 
