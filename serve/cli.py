@@ -1,14 +1,18 @@
-"""The command line: generate, chat, info, bench."""
+"""The command line: generate, chat, info, bench, batch, serve."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+API_KEY = "TOKENLOOM_API_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +64,57 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--output-len", type=int, default=64)
     bench.add_argument("--repeat", type=int, default=3)
     bench.set_defaults(run=_bench)
+
+    _batch_options(commands)
+    _serve_options(commands)
     return top
+
+
+def _batch_options(commands: Any) -> None:
+    batch = commands.add_parser(
+        "batch", help="answer a JSONL file of requests in OpenAI's batch format; goes on after a kill",
+        epilog="exit codes: 0 every line has a result; 1 all are answered, some with an error; 2 the job cannot "
+        "start (a wrong setting, a changed input); 3 it stopped (disk full, output removed, engine failure): run "
+        "again to go on; 130 and 143 after SIGINT and SIGTERM: what was complete is written, run again to go on",
+    )  # fmt: skip
+    batch.add_argument("input", type=Path)
+    batch.add_argument("-o", "--output", type=Path, required=True, help="results, a line each; appended to")
+    _model_options(batch)
+    _size_options(batch)
+    batch.add_argument("--seed", type=int, default=0, help="with its custom_id, seeds a request without seed")
+    batch.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="only the custom_ids that hash to I modulo N"
+    )
+    batch.add_argument("--no-progress", action="store_true")
+    batch.set_defaults(run=_batch)
+
+
+def _serve_options(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="an OpenAI-compatible HTTP server (needs tokenloom[serve])")
+    serve.add_argument("model", nargs="?", default="demo", help="a folder, a hub name, or demo (the default)")
+    serve.add_argument("--dtype", help="dtype of the stored weights; default: what suits the device")
+    serve.add_argument("--max-model-len", type=int)
+    _size_options(serve)
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000, help="0: a free one, printed when the server is up")
+    serve.add_argument("--api-key", help="required from clients; default: $TOKENLOOM_API_KEY, else none")
+    serve.add_argument("--max-body-bytes", type=int, default=4 << 20, help="longer requests get 413")
+    serve.add_argument("--max-waiting", type=int, default=256, help="with so many waiting, requests get 429")
+    serve.add_argument(
+        "--shutdown-seconds", type=int, default=30, help="after SIGTERM, requests have so long to finish"
+    )
+    serve.set_defaults(run=_serve)
+
+
+def _size_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-num-seqs", type=int, default=8, help="sequences that run at once")
+    command.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
+    command.add_argument(
+        "--num-pages", type=int, help="pages of the KV pool; default: what the memory allows"
+    )
+    command.add_argument(
+        "--served-model-name", action="append", default=[], help="what requests may call it; may be repeated"
+    )
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -146,6 +200,50 @@ def _bench(arguments: argparse.Namespace) -> int:
             llm, arguments.batch, arguments.prompt_len, arguments.output_len, arguments.repeat
         ):
             print(line)
+    return 0
+
+
+def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_num_seqs", "max_num_batched_tokens", "num_pages")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    from .batch import run_batch
+    from .batch_files import BatchStopped
+
+    match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
+    if match is None:
+        raise ValueError(
+            f"--shard {arguments.shard} must look like 0/4: this process's number and how many there are"
+        )
+    if not arguments.input.is_file():
+        raise ValueError(
+            f"the input {arguments.input} is not a file; give a JSONL file with a request a line"
+        )
+    show = not arguments.no_progress
+    with _open(arguments, progress=show, **_sizes(arguments)) as llm:
+        try:
+            summary = run_batch(
+                llm, arguments.input, arguments.output, seed=arguments.seed, progress=show,
+                shard=(int(match[1]), int(match[2])), served_model_names=arguments.served_model_name,
+            )  # fmt: skip
+        except BatchStopped as error:
+            print(f"tokenloom: {error}", file=sys.stderr)
+            return 3
+    print(summary, file=sys.stderr)
+    return 1 if summary.failed or summary.failed_earlier else 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from .server import serve
+
+    with _open(arguments, **_sizes(arguments)) as llm:
+        serve(
+            llm, host=arguments.host, port=arguments.port, api_key=arguments.api_key or os.environ.get(API_KEY),
+            max_body_bytes=arguments.max_body_bytes, max_waiting=arguments.max_waiting,
+            shutdown_seconds=arguments.shutdown_seconds, served_model_names=arguments.served_model_name,
+        )  # fmt: skip
     return 0
 
 

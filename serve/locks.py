@@ -15,21 +15,27 @@ class FairLock:
 
     def __init__(self) -> None:
         self._lock, self._turnstile = threading.RLock(), threading.RLock()
-        self._owner: int | None = None
-        self._depth = 0
+        self._held = _Held()
 
     def __enter__(self) -> Self:
-        # An owner that enters again must not queue: whoever stands in the turnstile waits for it.
-        if self._owner == threading.get_ident():
+        # A holder that enters again must not queue: whoever stands in the turnstile waits for it. The garbage
+        # collector may enter anywhere in these lines, so the count is raised before the turnstile opens, and
+        # lowered after the lock is free.
+        if self._held.depth:
             self._lock.acquire()
+            self._held.depth += 1
         else:
             with self._turnstile:
                 self._lock.acquire()
-        self._owner, self._depth = threading.get_ident(), self._depth + 1
+                self._held.depth += 1
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._owner = None
         self._lock.release()
+        self._held.depth -= 1
+
+
+class _Held(threading.local):
+    """How often this thread holds the lock."""
+
+    depth = 0

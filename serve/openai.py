@@ -142,7 +142,10 @@ def parse(url: str, body: Any, llm: LLM, names: Sequence[str]) -> Call:
     params = _sampling(given, chat, echo, 1 if score_only else limit)
     if echo and stream and params.logprobs is not None:
         raise Refusal("echo with logprobs cannot be streamed; leave out one of the three", param="echo")
-    prompts = [_chat_prompt(given, llm)] if chat else _prompts(given, llm, echo)
+    try:
+        prompts = [_chat_prompt(given, llm)] if chat else _prompts(given, llm, echo)
+    except RecursionError:
+        raise Refusal("the messages or tools are nested too deeply; flatten them") from None
     return Call(
         chat, model, prompts, params, stream, _include_usage(given, stream), echo, score_only, llm.tokenizer
     )
@@ -245,7 +248,11 @@ def _chat_prompt(given: dict[str, Any], llm: LLM) -> dict[str, Any]:
     for name, only in (("response_format", {"type": "text"}), ("modalities", ["text"])):
         if given.get(name, only) != only:
             raise Refusal(f"{name} may only be {only}, but is {_short(given[name])}", param=name)
-    settings = {name: given[name] for name in TEMPLATE & set(given)}
+    documents = _list(given.get("documents", []), "documents")
+    settings: dict[str, Any] = {"documents": documents} if documents else {}
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if name in given:
+            settings[name] = _flag(given, name)
     more = given.get("chat_template_kwargs", {})
     reserved = {"messages", "tools", "tokenizer", "template", "chat_template", *TEMPLATE}
     if not isinstance(more, dict) or reserved & set(more):
