@@ -19,7 +19,8 @@ from .config import AttentionConfig, ModelConfig
 class Capacity:
     """Sizes of the state: `num_pages` pages of `page_size` tokens, `seats` sequences (one more is padding).
 
-    `keys_transposed` is the layout inside a page: True for CPU targets, False for TPU and GPU (`attention.ops`).
+    Recurrent layers have `snapshots` places more, for copies that the prefix cache keeps. `keys_transposed` is
+    the layout inside a page: True for CPU targets, False for TPU and GPU (`attention.ops`).
     """
 
     num_pages: int
@@ -28,6 +29,7 @@ class Capacity:
     dtype: jnp.dtype = jnp.dtype("float32")
     keys_transposed: bool = True
     backends: tuple[str, ...] = ("tokenloom.attention.blockwise",)
+    snapshots: int = 0
 
 
 def state_spec(config: ModelConfig, capacity: Capacity, period: int | None = None) -> tuple:
@@ -49,7 +51,8 @@ def make_state(config: ModelConfig, capacity: Capacity, period: int | None = Non
                 PagedKV(k, v, backends=capacity.backends, layers=layers, keys_transposed=transposed)
             )
         else:
-            rows = (capacity.seats + 1,) if period is None else (layers, capacity.seats + 1)
+            places = capacity.seats + capacity.snapshots + 1
+            rows = (places,) if period is None else (layers, places)
             conv = jnp.zeros((*rows, mixer.conv - 1, mixer.conv_dim), capacity.dtype)
             ssm = jnp.zeros((*rows, mixer.heads, mixer.head_dim, mixer.state), jnp.float32)
             entries.append(RecurrentState(conv, ssm))
@@ -59,6 +62,13 @@ def make_state(config: ModelConfig, capacity: Capacity, period: int | None = Non
 def state_bytes(state: tuple) -> int:
     """Bytes of a state or of its spec."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def snapshot_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """Bytes of one sequence's recurrent state over all layers; 0 when no layer is recurrent."""
+    mixers = [block.mixer for block in config.blocks if not isinstance(block.mixer, AttentionConfig)]
+    conv = sum((m.conv - 1) * m.conv_dim for m in mixers) * jnp.dtype(dtype).itemsize
+    return conv + sum(m.heads * m.head_dim * m.state for m in mixers) * 4
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:

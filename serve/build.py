@@ -10,20 +10,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..attention.caches.paged import PagedKV
+from ..attention.caches.recurrent import RecurrentState
 from ..model import checkpoint
 from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
 from ..model.stacked import abstract_stacked, period_of, stack
-from ..model.state import Capacity, make_state, page_bytes, state_bytes, state_spec
+from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
 from .engine import Engine
 from .pages import PageAllocator
 from .programs import BucketPlan, Programs
 from .sampling.sampler import Sampler
+from .snapshots import Snapshots
 from .tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Without a figure from the device: the KV pool takes at most this much unless num_pages says otherwise.
 DEFAULT_POOL_BYTES = 2 << 30
+# Prefix cache of models without pages: tokens a block, and blocks to remember.
+RECURRENT_BLOCK, REMEMBERED_BLOCKS = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Build:
     page_size: int | None
     seed: int
     strict: bool
+    prefix_cache: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size"):
@@ -87,10 +93,14 @@ def choose_length(config: ModelConfig, asked: int | None) -> int:
 
 
 def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtype) -> tuple[int, int]:
-    """(num_pages, page_size): room for every seat at full length, unless that is too much memory."""
+    """(num_pages, page_size): room for every seat at full length, unless that is too much memory.
+
+    A model without pages gets numbers without memory behind them: the prefix cache counts its text in blocks.
+    """
     bytes_a_token = page_bytes(config, 1, dtype)
     if bytes_a_token == 0:
-        return build.max_num_seqs + 1, length
+        block = build.page_size or RECURRENT_BLOCK
+        return build.max_num_seqs * -(-length // block) + 1 + REMEMBERED_BLOCKS, block
     size = build.page_size or min(128, max(16, length))
     wanted = build.max_num_seqs * -(-length // size) + 1
     if build.num_pages is not None:
@@ -98,6 +108,36 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
             raise ValueError(f"num_pages={build.num_pages} must be at least 2: page 0 is never used")
         return build.num_pages, size
     return max(2, min(wanted, pool_bytes() // (bytes_a_token * size))), size
+
+
+def choose_snapshots(config: ModelConfig, build: Build, dtype: jnp.dtype) -> int:
+    """How many copies of a sequence's recurrent state the prefix cache may keep: two a seat, in at most a quarter
+    of what the KV pool may take."""
+    size = snapshot_bytes(config, dtype)
+    if size == 0 or build.prefix_cache is False:
+        return 0
+    return min(2 * build.max_num_seqs, pool_bytes() // (4 * size))
+
+
+def no_prefix_cache(state: tuple, build: Build, length: int, page_size: int, snapshots: int) -> str | None:
+    """Why the prefix cache is off; None: it is on. ValueError when it was asked for and cannot hold."""
+    if build.prefix_cache is False:
+        return "prefix_cache=False"
+    reason = None
+    recurrent = any(isinstance(entry, RecurrentState) for entry in state)
+    strange = [type(e).__name__ for e in state if not isinstance(e, PagedKV | RecurrentState)]
+    if strange:
+        reason = f"{strange[0]} cannot share what it remembers"
+    elif page_size >= length:
+        reason = f"a page of {page_size} tokens holds a whole text of max_model_len={length}"
+    elif recurrent and snapshots == 0:
+        reason = "there is no memory for copies of the recurrent state"
+    if reason is not None and build.prefix_cache:
+        raise ValueError(
+            f"prefix_cache=True cannot hold: {reason}; leave prefix_cache=None to have it where it can be, or "
+            f"change that (page_size={page_size}, max_model_len={length}, max_num_seqs={build.max_num_seqs})"
+        )
+    return reason
 
 
 def pool_bytes() -> int:
@@ -125,7 +165,6 @@ def build_engine(
     length = choose_length(config, build.max_model_len)
     config = with_length(config, length)
     num_pages, page_size = choose_pages(config, build, length, numerics.dtype)
-    pages = PageAllocator(num_pages, page_size)
     paged = page_bytes(config, 1, numerics.dtype) > 0
     width = -(-length // page_size) if paged else 0
     budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
@@ -135,10 +174,17 @@ def build_engine(
     else:
         graphdef, params = abstract_stacked(config, numerics, period)[0], stack(params, period)
     cpu = numerics.platform == "cpu"
-    capacity = Capacity(num_pages, page_size, build.max_num_seqs, numerics.dtype, keys_transposed=cpu)
+    snapshots = choose_snapshots(config, build, numerics.dtype)
+    capacity = Capacity(
+        num_pages, page_size, build.max_num_seqs, numerics.dtype, keys_transposed=cpu, snapshots=snapshots
+    )
+    state = jax.jit(lambda: make_state(config, capacity, period))()
+    off = no_prefix_cache(state, build, length, page_size, snapshots)
+    copies = Snapshots(snapshots, page_size) if snapshots and off is None else None
+    pages = PageAllocator(num_pages, page_size, off=off, snapshots=copies)
     programs = Programs(
-        graphdef, params, jax.jit(lambda: make_state(config, capacity, period))(),
-        Sampler(config.vocab_size, build.max_num_seqs), BucketPlan.make(build.max_num_seqs, budget),
+        graphdef, params, state, Sampler(config.vocab_size, build.max_num_seqs),
+        BucketPlan.make(build.max_num_seqs, budget),
         page_size=page_size, width=width, period=period, strict=build.strict,
     )  # fmt: skip
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
@@ -163,7 +209,8 @@ def describe(
     length = choose_length(config, max_model_len)
     num_pages, page_size = choose_pages(config, build, length, numerics.dtype)
     leaves = jax.tree.leaves(checkpoint.abstract(config, numerics)[1])
-    capacity = Capacity(num_pages, page_size, max_num_seqs, numerics.dtype)
+    snapshots = choose_snapshots(config, build, numerics.dtype)
+    capacity = Capacity(num_pages, page_size, max_num_seqs, numerics.dtype, snapshots=snapshots)
     plan = BucketPlan.make(max_num_seqs, max(max_num_batched_tokens, max_num_seqs + 1))
     return {
         "family": config.model_type,
@@ -176,7 +223,9 @@ def describe(
         "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         "state_bytes": state_bytes(state_spec(config, capacity)),
         "kv_bytes_per_token": page_bytes(config, 1, numerics.dtype),
-        "pages": f"{num_pages - 1} of {page_size} tokens",
+        "pages": f"{num_pages - 1} of {page_size} tokens"
+        if page_bytes(config, 1, numerics.dtype)
+        else "none",
         "max_model_len": length,
         "max_num_seqs": max_num_seqs,
         "bucket_plan": str(plan),

@@ -95,7 +95,7 @@ class Engine:
             request.samples.append(sample)
         self._sampler_row(request.samples[0])  # what the sampler cannot hold is refused here, not in a step
         for sample in request.samples:
-            self.scheduler.add(sample.sequence)
+            self.scheduler.add(sample.ready())
 
     def abort(self, request: Request) -> None:
         """End a request now; what it generated so far stays in its output."""
@@ -124,7 +124,11 @@ class Engine:
         for sequence in work.admitted:
             self.programs.admit(sequence.seat, self._sampler_row(sequence.owner))
         shape, packed, rows = self._pack(work)
+        for slot, seat in work.loads:
+            self.programs.copy(self.programs.plan.max_num_seqs + slot, seat)
         sampled, prompt_x = self.programs.step(shape, packed)
+        for seat, slot in work.saves:
+            self.programs.copy(seat, self.programs.plan.max_num_seqs + slot)
         scored = [
             (at, chunk)
             for at, chunk in self._offsets(work.chunks)

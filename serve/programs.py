@@ -23,6 +23,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from ..attention.batch import Shape, descriptor_size, unpack
+from ..attention.caches.recurrent import RecurrentState
 from .sampling.params import SamplingParams
 from .sampling.sampler import Sampled, Sampler, prompt_logprobs
 
@@ -128,6 +129,11 @@ def score(graphdef: nnx.GraphDef, max_logprobs: int) -> Callable:
     return run
 
 
+def copy_rows(state: tuple, source: jax.Array, target: jax.Array) -> tuple:
+    """Recurrent entries of a state (donated): row `source` of each, a seat or a snapshot slot, -> `target`."""
+    return tuple(entry.copy(source, target) for entry in state)
+
+
 class Programs:
     """The compiled grid of one model, with the arrays that outlive a step: state and sampler state."""
 
@@ -171,6 +177,8 @@ class Programs:
             jobs["head", rows] = build(run, (1,), params, sampler_state, x(rows), ints((3 * rows,)))
         run, chunk = score(self.graphdef, self.sampler.max_logprobs), plan.chunks[-1]
         jobs["score"] = build(run, (), params, x(chunk), ints((chunk,)), ints(()))
+        if self._recurrent(state):
+            jobs["copy"] = build(copy_rows, (0,), self._recurrent(state), ints(()), ints(()))
         jobs["admit"] = build(self.sampler.admit, (0,), sampler_state, ints(()), row)
         return jobs
 
@@ -187,6 +195,15 @@ class Programs:
                 futures, "compiling", unit="program", leave=False, disable=not progress
             )
             self.compiled = {key: futures[key].result() for key in keys}
+
+    @staticmethod
+    def _recurrent(state: tuple) -> tuple:
+        return tuple(entry for entry in state if isinstance(entry, RecurrentState))
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a row of the recurrent state in place: seats come first, snapshot slots after them."""
+        moved = iter(self.compiled["copy"](self._recurrent(self.state), np.int32(source), np.int32(target)))
+        self.state = tuple(next(moved) if isinstance(e, RecurrentState) else e for e in self.state)
 
     def admit(self, seat: int, row: dict[str, np.ndarray]) -> None:
         """Put a request's sampling parameters into a seat."""

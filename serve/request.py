@@ -28,6 +28,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrival_time=time.time()))
     error: str | None = None
+    cache_salt: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -44,6 +45,7 @@ class Request:
             finished=self.finished,
             metrics=self.metrics,
             error=self.error,
+            num_cached_tokens=self.samples[0].sequence.cached if self.samples else None,
         )
 
 
@@ -90,6 +92,13 @@ class Sample:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             self.close()
+
+    def ready(self) -> Sequence:
+        """The sequence, marked for the prefix cache: requests with another salt never meet its blocks, and a
+        sample that scores its prompt looks nothing up, because it needs every row."""
+        self.sequence.chain.root = (None, self.request.cache_salt)
+        self.sequence.lookup = self.index > 0 or self.request.prompt_logprobs is None
+        return self.sequence
 
     def close(self) -> None:
         """Release the text that was held back."""

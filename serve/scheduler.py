@@ -4,7 +4,8 @@ One rule covers prompts, decodes and resuming: each step gives a sequence (known
 clipped by the token budget. Decodes first, then unfinished prompts, then new sequences (Sarathi-Serve,
 arXiv 2403.02310, sections 4.2 and 4.3). Memory: a sequence owns pages for its whole known length from
 admission on, a decode grows by a page; when the pool is empty the youngest running sequence is preempted,
-waits at the front and is recomputed later, and a step that preempted admits nobody.
+waits at the front and is recomputed later, and a step that preempted admits nobody. A sequence that starts (or
+comes back) takes the longest cached prefix, but computes its last known token at least.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from .chain import Chain
 from .pages import PageAllocator
+from .snapshots import Trail
 
 
 @dataclass(eq=False, slots=True)
@@ -22,6 +25,9 @@ class Sequence:
 
     `computed` counts tokens whose K and V the dispatched steps store; `limit` is the length at which the
     sequence ends; `epoch` rises at each preemption, and results of an older epoch are dropped.
+
+    `chain` names its blocks to the prefix cache, where it looks itself up if `lookup` says so; `cached` tokens
+    were found when it first started; `branch` and `trail` are the marks of `snapshots`.
     """
 
     tokens: list[int]
@@ -34,6 +40,11 @@ class Sequence:
     seat: int = -1
     decoding: bool = False
     finished: bool = False
+    chain: Chain = field(default_factory=Chain)
+    lookup: bool = True
+    cached: int = 0
+    branch: int = 0
+    trail: Trail | None = None
 
     @property
     def known(self) -> int:
@@ -52,11 +63,16 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One step: the sequences that decode one token, the prompt chunks, and who took a seat for it."""
+    """One step: the sequences that decode one token, the prompt chunks, and who took a seat for it.
+
+    Recurrent state is copied slot -> seat before the step (`loads`) and seat -> slot after it (`saves`).
+    """
 
     decodes: list[Sequence]
     chunks: list[Chunk]
     admitted: list[Sequence]
+    loads: list[tuple[int, int]] = field(default_factory=list)
+    saves: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -90,14 +106,12 @@ class Scheduler:
         for sequence in self.running:
             if not sequence.decoding and budget > 0 and len(chunks) < self.prompt_rows:
                 budget -= self._take(sequence, budget, chunks)
-        admitted = []
+        admitted, loads = [], []
         while self.waiting and budget > 0 and len(chunks) < self.prompt_rows and self._seats:
             sequence = self.waiting[0]
-            if self.preemptions > preempted or not self.pages.grow(sequence.pages, sequence.known):
+            if self.preemptions > preempted or not self._admit(sequence, loads):
                 break
             self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.seat = self._seats.pop()
             admitted.append(sequence)
             budget -= self._take(sequence, budget, chunks)
         if not decodes and not chunks:
@@ -105,7 +119,42 @@ class Scheduler:
         for sequence in decodes:
             sequence.computed += 1
             sequence.pending += 1
-        return Work(decodes, chunks, admitted)
+            self._note(sequence)
+        saves = [] if self.pages.snapshots is None else self.pages.snapshots.flush()
+        return Work(decodes, chunks, admitted, loads, saves)
+
+    def _admit(self, sequence: Sequence, loads: list[tuple[int, int]]) -> bool:
+        """Give a waiting sequence a seat, and pages for its whole known length, cached ones first; False, and
+        nothing changed, when it has to wait."""
+        pages, snapshots, chain = self.pages, self.pages.snapshots, sequence.chain
+        pages.renew(chain)
+        hits = pages.lookup(chain, sequence.tokens) if sequence.lookup else []
+        sequence.branch = len(hits) * pages.page_size
+        if snapshots is not None and hits:
+            if snapshots.comes(chain.keys[len(hits) - 1]):
+                return False
+            hits = hits[: snapshots.deepest(chain.keys[: len(hits)])]
+        if not pages.claim(sequence.pages, hits, sequence.known):
+            return False
+        chain.registered = len(hits)
+        sequence.seat = self._seats.pop()
+        sequence.computed = len(hits) * pages.page_size
+        if snapshots is not None and hits:
+            loads.append((snapshots.load(chain.keys[len(hits) - 1]), sequence.seat))
+        if sequence.epoch == 0:
+            sequence.cached = sequence.computed
+            pages.lookup_tokens += sequence.known if sequence.lookup and pages.sharing else 0
+            pages.hit_tokens += sequence.computed
+        self.running.append(sequence)
+        return True
+
+    def _note(self, sequence: Sequence, prompt: bool = False) -> None:
+        """Tell the prefix cache how far the scheduled steps bring a sequence."""
+        pages = self.pages
+        pages.register(sequence.pages, sequence.chain, sequence.tokens, sequence.computed)
+        if pages.snapshots is not None:
+            pages.snapshots.settle(sequence, pages.weight_version)
+            pages.snapshots.save(sequence, pages.weight_version, prompt=prompt)
 
     def _decodes(self) -> list[Sequence]:
         """Running sequences whose next token can be computed, each with room for it."""
@@ -119,18 +168,19 @@ class Scheduler:
                 ready.append(sequence)
         return ready
 
-    @staticmethod
-    def _take(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+    def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Schedule the next prompt tokens of `sequence`; returns how many."""
-        start = sequence.computed
-        count = min(sequence.known - start, budget)
-        sequence.computed += count
-        final = sequence.computed == sequence.known
+        start, end = sequence.computed, min(sequence.known, sequence.computed + budget)
+        if self.pages.snapshots is not None:
+            end = self.pages.snapshots.end(sequence, end)
+        sequence.computed = end
+        final = end == sequence.known
+        self._note(sequence, prompt=True)
         if final:
             sequence.decoding = True
             sequence.pending += 1
-        chunks.append(Chunk(sequence, start, count, final))
-        return count
+        chunks.append(Chunk(sequence, start, end - start, final))
+        return end - start
 
     def preempt(self, sequence: Sequence) -> None:
         """Take everything from a running sequence; it waits at the front and is recomputed later."""
@@ -156,4 +206,8 @@ class Scheduler:
         self.running.remove(sequence)
         self._seats.append(sequence.seat)
         sequence.seat = -1
-        self.pages.release(sequence.pages)
+        pages = self.pages
+        pages.register(sequence.pages, sequence.chain, sequence.tokens, sequence.computed)
+        pages.release(sequence.pages, sequence.chain)
+        if pages.snapshots is not None:
+            pages.snapshots.close(sequence, pages.weight_version)

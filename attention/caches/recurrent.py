@@ -30,8 +30,9 @@ Advance = Callable[[Carry, jax.Array, jax.Array | None], tuple[Carry, jax.Array]
 @partial(jax.tree_util.register_dataclass, data_fields=["conv", "ssm"], meta_fields=[])
 @dataclass(frozen=True)
 class RecurrentState:
-    """One layer's state: conv [S+1,width-1,conv_dim], the last inputs of the convolution, oldest first, and
-    ssm f32[S+1,heads,head_dim,state]. Rows find theirs by `batch.seats`; the last seat is for padding."""
+    """One layer's state: conv [N,width-1,conv_dim], the last inputs of the convolution, oldest first, and
+    ssm f32[N,heads,head_dim,state]. Of the N places the first are seats, which rows find by `batch.seats`; then
+    come snapshot slots, which only `copy` reads and writes; the last one is for padding."""
 
     conv: jax.Array
     ssm: jax.Array
@@ -49,6 +50,16 @@ class RecurrentState:
         """State for `seats` sequences; `zero` is one row's carry (`Mamba2.zero`)."""
         conv, ssm = (jnp.zeros((seats + 1, *part.shape), part.dtype) for part in zero)
         return cls(conv, ssm)
+
+    def copy(self, source: jax.Array, target: jax.Array) -> RecurrentState:
+        """Place `target` becomes what place `source` is, in every layer that these arrays hold."""
+
+        def move(held: jax.Array, dims: int) -> jax.Array:
+            axis = held.ndim - 1 - dims
+            row = lax.dynamic_index_in_dim(held, source, axis, keepdims=False)
+            return lax.dynamic_update_index_in_dim(held, row, target, axis)
+
+        return RecurrentState(move(self.conv, 2), move(self.ssm, 3))
 
     def run(
         self, advance: Advance, inputs: jax.Array, zero: Carry, batch: Batch
