@@ -246,15 +246,16 @@ class ResultFile:
     # -- writing -------------------------------------------------------------------------------------------
 
     def _write_whole(self, data: bytes) -> None:
-        """All of `data` or, as far as the file system lets us, nothing of it."""
+        """Append `data`; of what cannot be written, the whole lines that fit are kept."""
         written = 0
         try:
             while written < len(data):
                 written += self._write(self._fd, data[written:])
-        except OSError:
-            os.ftruncate(self._fd, self.size)
-            raise
-        self.size += len(data)
+        finally:
+            kept = data.rfind(b"\n", 0, written) + 1
+            if kept < written:
+                os.ftruncate(self._fd, self.size + kept)
+            self.size += kept
 
     def _in_place(self) -> bool:
         """Whether the path still leads to the file that we write."""

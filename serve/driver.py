@@ -116,24 +116,25 @@ class Driver:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._incoming or self._live or self._stopping)
-                incoming, self._incoming = self._incoming, []
             try:
                 with self.llm._lock:
-                    told = self._admit(incoming)
+                    told = self._admit()
                     self._drop()
                     if self._live:
                         self.llm.engine.step()
                     told += self._collect()
             except Exception as error:
-                self._fail(error, incoming)
+                self._fail(error)
                 return
             for handle, update in told:
                 self._tell(handle, update)
             if self._stopping and not self._live and not self._incoming:
                 return
 
-    def _admit(self, incoming: list[Handle]) -> list[tuple[Handle, Update]]:
+    def _admit(self) -> list[tuple[Handle, Update]]:
         """Queue new requests in the engine; what it refuses is told so."""
+        with self._wake:
+            incoming, self._incoming = self._incoming, []
         told = []
         for handle in incoming:
             if handle.cancelled:
@@ -178,13 +179,13 @@ class Driver:
         except Exception:  # nobody listens any more (a closed event loop, for instance)
             handle.cancelled = True
 
-    def _fail(self, error: Exception, incoming: list[Handle]) -> None:
+    def _fail(self, error: Exception) -> None:
         """The engine broke: everyone is told, and nothing is taken any more."""
         with self._wake:
             self.failure = error
-            everyone = {id(handle): handle for handle in [*self._live, *incoming, *self._incoming]}
+            everyone = [*self._live, *self._incoming]
             self._live, self._incoming = [], []
-        for handle in everyone.values():
+        for handle in everyone:
             self._tell(handle, Update(error=error))
 
 
