@@ -6,7 +6,8 @@ tokens stay on the device by seat, so the next step never waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import time
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..attention.batch import NULL_PAGE, Shape, pack
-from .detokenizer import Detokenizer
+from .bounds import Bounds, Deadlines
+from .outputs import FinishReason
 from .pages import PageAllocator
 from .programs import Programs
-from .request import Request, Sample, bad_word_ids, make_logprobs
+from .request import Request, Sample, bad_word_ids, make_logprobs, make_sample
 from .sampling.sampler import Sampled, Scores, read
 from .scheduler import Chunk, Scheduler, Sequence, Work
 from .tokenizer import Tokenizer
@@ -40,6 +42,7 @@ class Engine:
     def __init__(
         self, programs: Programs, pages: PageAllocator, *, max_model_len: int, vocab_size: int,
         budget: int, tokenizer: Tokenizer | None = None, eos_ids: Iterable[int] = (),
+        bounds: Bounds = Bounds(),
     ):  # fmt: skip
         plan = programs.plan
         self.programs, self.pages, self.tokenizer = programs, pages, tokenizer
@@ -48,7 +51,12 @@ class Engine:
         )
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self.eos_ids = frozenset(eos_ids)
+        self.bounds, self.deadlines = bounds, Deadlines()
+        self.cancelled: deque[Request] = deque()
         self.in_flight: Launched | None = None
+        self.weight_version = 0
+        self.broken: str | None = None
+        self.reported: list[Sample] = []
         self.real_tokens = self.padded_tokens = self.steps = 0
 
     # -- requests ------------------------------------------------------------------------------------------
@@ -65,45 +73,50 @@ class Engine:
                 f"(max_model_len={self.max_model_len}, pages for {self.pages.capacity} tokens); shorten the "
                 f"prompt or raise max_model_len and num_pages"
             )
-        low, high = min(prompt), max(prompt)
+        known = [prompt, *(one.token_ids for one in request.carried or () if one.token_ids)]
+        low, high = min(map(min, known)), max(map(max, known))
         if low < 0 or high >= self.vocab_size:
             raise ValueError(
-                f"prompt token id {low if low < 0 else high} is outside the vocabulary of "
+                f"token id {low if low < 0 else high} is outside the vocabulary of "
                 f"{self.vocab_size} (0..{self.vocab_size - 1}); was the prompt made with another tokenizer?"
             )
         params.validate_for(self.vocab_size, tokenizer=self.tokenizer is not None)
         if params.bad_words and self.tokenizer is not None:
             request.bad_word_ids = bad_word_ids(self.tokenizer, params.bad_words)
         eos = frozenset() if params.ignore_eos else self.eos_ids
-        end = limit if params.max_tokens is None else min(limit, len(prompt) + params.max_tokens)
-        if params.prompt_logprobs is not None:
+        self.bounds.check_room(len(self.scheduler.waiting))
+        end = self.bounds.length(len(prompt), params.max_tokens, limit)
+        if params.prompt_logprobs is not None and request.prompt_logprobs is None:
             request.prompt_logprobs = [None for _ in prompt]
-        for index in range(params.n):
-            sequence = Sequence(list(prompt), end)
-            detokenizer = None
-            if self.tokenizer is not None and params.detokenize:
-                detokenizer = Detokenizer(
-                    self.tokenizer, params.skip_special_tokens, params.stop or (),
-                    params.include_stop_str_in_output, params.min_tokens, prompt,
-                )  # fmt: skip
-            sample = Sample(
-                request, index, sequence, detokenizer, frozenset(params.stop_token_ids or ()), eos
-            )
-            if params.logprobs is not None:
-                sample.logprobs, sample.cumulative_logprob = [], 0.0
-            sequence.owner = sample
-            request.samples.append(sample)
-        self._sampler_row(request.samples[0])  # what the sampler cannot hold is refused here, not in a step
-        for sample in request.samples:
-            self.scheduler.add(sample.ready())
+        samples = [make_sample(request, index, end, self.tokenizer, eos) for index in range(params.n)]
+        self._sampler_row(samples[0])  # what the sampler cannot hold is refused here, not in a step
+        request.samples = samples
+        self.deadlines.add(request)
+        for sample in samples:
+            if sample.finish_reason is None:
+                self.scheduler.add(sample.ready())
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End a request now; what it generated so far stays in its output."""
         for sample in request.samples:
             if sample.finish_reason is None:
-                sample.finish_reason = "abort"
+                sample.finish_reason = reason
                 sample.close()
                 self.scheduler.finish(sample.sequence)
+                request.metrics.finished_time = time()
+                self.reported.append(sample)
+
+    @property
+    def room(self) -> bool:
+        """Whether the waiting queue takes another request."""
+        return self.bounds.room(len(self.scheduler.waiting))
+
+    def settle(self) -> None:
+        """End the requests that were cancelled (any thread may append to `cancelled`) or are past deadline."""
+        while self.cancelled:
+            self.abort(self.cancelled.popleft())
+        for request in self.deadlines.due():
+            self.abort(request, "timeout")
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -112,12 +125,18 @@ class Engine:
         return self.scheduler.busy or self.in_flight is not None
 
     def step(self) -> list[Sample]:
-        """Schedule and dispatch one step, then read the previous one; returns the samples that advanced."""
+        """Schedule and dispatch one step, then read the previous one; returns the samples that advanced or
+        ended since the last call."""
+        if self.broken is not None:
+            raise RuntimeError(self.broken)
         with self.programs.watch():
+            self.settle()
             work = self.scheduler.schedule()
             launched = None if work is None else self.launch(work)
             previous, self.in_flight = self.in_flight, launched
-            return [] if previous is None else self.postprocess(previous)
+            advanced = [] if previous is None else self.postprocess(previous)
+            reported, self.reported = self.reported, []
+            return reported + advanced
 
     def launch(self, work: Work) -> Launched:
         """Dispatch a step's two programs, and the prompt scores if someone asked."""
@@ -132,7 +151,7 @@ class Engine:
         scored = [
             (at, chunk)
             for at, chunk in self._offsets(work.chunks)
-            if chunk.sequence.owner.request.prompt_logprobs is not None and chunk.sequence.owner.index == 0
+            if chunk.sequence.owner.index == 0 and chunk.sequence.owner.request.wants_prompt_scores
         ]
         scores = self._score(prompt_x, scored) if scored else None
         logprobs = any(sequence.owner.logprobs is not None for _, sequence, _ in rows)
@@ -200,6 +219,22 @@ class Engine:
             used = at + len(following)
         return self.programs.score(prompt_x, targets, used)
 
+    # -- weights -------------------------------------------------------------------------------------------
+
+    def swap_weights(self, swap: Callable[[], None], version: int) -> None:
+        """Between two steps: read the step in flight, run `swap`, and forget all that the old weights computed.
+        Running sequences wait in their order and are recomputed from their tokens."""
+        previous, self.in_flight = self.in_flight, None
+        if previous is not None:
+            self.reported += self.postprocess(previous)
+        for sequence in reversed(self.scheduler.running[:]):
+            self.scheduler.preempt(sequence)
+        self.pages.new_weights()
+        self.weight_version = version
+        self.broken = "a swap of the weights failed half-way, so the weights are mixed: swap again"
+        swap()
+        self.broken = None
+
     # -- reading -------------------------------------------------------------------------------------------
 
     def postprocess(self, launched: Launched) -> list[Sample]:
@@ -217,7 +252,7 @@ class Engine:
             token, entry, count = tokens[row], None, sample.request.params.logprobs
             if details is not None and count is not None:
                 entry = make_logprobs(self.tokenizer, token, details, row, count)
-            sample.accept(token, entry)
+            sample.accept(token, entry, self.weight_version)
             metrics = sample.request.metrics
             metrics.first_token_time = metrics.first_token_time or now
             if sample.finish_reason is not None:

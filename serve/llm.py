@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from ..model.config import ModelConfig
 from ..model.layers import Numerics
 from ..model.stacked import unstack
 from . import chat
+from .bounds import Bounds
 from .build import Build, build_engine, choose_numerics
 from .interrupt import deferred_interrupt
 from .locks import FairLock
@@ -24,6 +26,7 @@ from .outputs import RequestOutput
 from .request import Request
 from .sampling.params import SamplingParams
 from .tokenizer import Tokenizer
+from .weights import Weights, plan_swap
 
 Prompt = str | Sequence[int] | dict[str, Any]
 
@@ -38,8 +41,14 @@ class LLM:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of a step (decodes + prompt tokens).
         num_pages, page_size: the KV pool; None: chosen from the memory at hand and the back end.
+        prefix_cache: prompts that begin with text that was computed before take it up from there; None: on
+            where every part of the model allows it (`repr` says what turned it off).
         seed: seeds requests that bring no seed of their own.
         strict: a compilation after warm-up is an error.
+        max_output_tokens: tokens that any sample may generate at most; requests that ask for more get this many
+            (finish_reason "length"), whatever their max_tokens, min_tokens or ignore_eos say. None: no such limit.
+        max_waiting: sequences that may wait to start (a request brings n). Over it a request is refused with
+            `QueueFull`, a ValueError; `generate` and `resume` hold their prompts back instead. None: no limit.
         skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).
 
@@ -50,44 +59,55 @@ class LLM:
         self, model: str | Path = "demo", *, dtype: str | None = None, max_model_len: int | None = None,
         max_num_seqs: int = 8, max_num_batched_tokens: int = 512, num_pages: int | None = None,
         page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True,
-        skip_tokenizer_init: bool = False,
+        skip_tokenizer_init: bool = False, prefix_cache: bool | None = None,
+        max_output_tokens: int | None = None, max_waiting: int | None = None,
     ):  # fmt: skip
+        bounds = Bounds(max_output_tokens, max_waiting)
         folder = checkpoint.resolve(model)
         config = checkpoint.load_config(folder)[1]
         tokenizer = None if skip_tokenizer_init else Tokenizer.load(folder)
         numerics = choose_numerics(dtype, config.dtype)
         params = checkpoint.load(folder, config, numerics)
         self.folder: Path | None = folder
-        build = Build(max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict)
-        self._start(str(model), config, numerics, params, tokenizer, build, progress)
+        build = Build(
+            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict, prefix_cache
+        )
+        self._start(str(model), config, numerics, params, tokenizer, build, progress, bounds)
 
     @classmethod
     def from_config(
         cls, config: ModelConfig | dict[str, Any], seed: int = 0, *, dtype: str | None = None,
         tokenizer: Tokenizer | None = None, max_model_len: int | None = None, max_num_seqs: int = 8,
         max_num_batched_tokens: int = 512, num_pages: int | None = None, page_size: int | None = None,
-        strict: bool = False, progress: bool = True,
+        strict: bool = False, progress: bool = True, prefix_cache: bool | None = None,
+        max_output_tokens: int | None = None, max_waiting: int | None = None,
     ) -> Self:  # fmt: skip
         """A model with random weights drawn from `seed`: `config` is a ModelConfig or a config.json's dict."""
+        bounds = Bounds(max_output_tokens, max_waiting)
         if isinstance(config, dict):
             config = checkpoint.read_config(config)
         numerics = choose_numerics(dtype, config.dtype)
         self = cls.__new__(cls)
         self.folder = None
-        build = Build(max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict)
+        build = Build(
+            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict, prefix_cache
+        )
         params = checkpoint.random_params(config, numerics, seed)
-        self._start(f"{config.model_type} (random)", config, numerics, params, tokenizer, build, progress)
+        name = f"{config.model_type} (random)"
+        self._start(name, config, numerics, params, tokenizer, build, progress, bounds)
         return self
 
     def _start(
         self, name: str, config: ModelConfig, numerics: Numerics, params: Any, tokenizer: Tokenizer | None,
-        build: Build, progress: bool,
+        build: Build, progress: bool, bounds: Bounds,
     ) -> None:  # fmt: skip
         self.name, self.tokenizer, self.seed, self.progress = name, tokenizer, build.seed, progress
         self.config, self.engine = build_engine(config, numerics, params, tokenizer, build)
+        self.engine.bounds = bounds
         self.engine.programs.compile(progress)
         self._lock = FairLock()
         self._requests = 0
+        self._live: weakref.WeakSet[Request] = weakref.WeakSet()
         self._closed = False
 
     # -- what people call ----------------------------------------------------------------------------------
@@ -101,10 +121,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts; results come in the order of the prompts.
 
-        A prompt is a string, a list of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}. In a list, a
-        prompt that cannot run gets an output with `error` set and the others finish; alone it raises.
+        A prompt is a string, a list of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}, which may hold
+        a "cache_salt" too: prompts share cached prefixes with those of the same salt only. In a list, a prompt
+        that cannot run gets an output with `error` set and the others finish; alone it raises.
         """
         alone = _is_prompt(prompts)
+        if not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts is a {type(prompts).__name__}; give a prompt or a list of prompts")
         items: list[Any] = [prompts] if alone else list(prompts)  # type: ignore[list-item]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(items)
@@ -114,7 +137,42 @@ class LLM:
             raise ValueError(
                 f"{len(items)} prompts came with {len(params)} SamplingParams; give one for all or one each"
             )
-        return self._run(items, params, alone, use_tqdm)
+        requests: list[Request] = []
+        for item, one in zip(items, params):
+            try:
+                requests.append(self._request(item, one))
+            except ValueError as error:
+                if alone or self._closed:
+                    raise
+                requests.append(_refused(len(requests), item, one, str(error)))
+        return self._run(requests, alone, use_tqdm)
+
+    def resume(
+        self,
+        outputs: RequestOutput | Mapping[str, Any] | Sequence[RequestOutput | Mapping[str, Any]],
+        *,
+        segment_tokens: int | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Continue generations that were stopped before their end ("segment", "timeout", "abort").
+
+        outputs: RequestOutputs or their snapshots, made by this LLM or by another of the same model, in any
+        process; those that are complete come back as they are. segment_tokens: the next quota; None: to the
+        end. The results cover the whole generations, and with the same weights they are what one uninterrupted
+        run gives. A timeout_s counts anew, and metrics are those of the last segment. What was there before is
+        recomputed, or found in the prefix cache. ValueError when an output cannot be of this model; in a list,
+        an output that cannot go on comes back with `error` set.
+        """
+        alone = isinstance(outputs, RequestOutput | Mapping)
+        items: list[Any] = [outputs] if alone else list(outputs)  # type: ignore[list-item]
+        whole = [one if isinstance(one, RequestOutput) else RequestOutput.from_snapshot(one) for one in items]
+        places = [place for place, one in enumerate(whole) if one.resumable]
+        requests = [Request.resuming(whole[place], segment_tokens) for place in places]
+        with self._lock:
+            self._live.update(requests)
+        for place, output in zip(places, self._run(requests, alone, use_tqdm)):
+            whole[place] = output
+        return whole
 
     def chat(
         self,
@@ -162,6 +220,50 @@ class LLM:
             raise ValueError(f"stream writes one text, but n={params.n}; use generate, or n=1")
         return Stream(self, self._submit(prompt, params))
 
+    def abort(self, request_id: str | None = None) -> int:
+        """End a request now, from any thread (None: all of them); returns how many were running or waiting.
+
+        Their outputs keep what was generated, with finish_reason "abort". An id that is not known (any more) is
+        nothing to end.
+        """
+        with self._lock:
+            found = [
+                request
+                for request in self._live
+                if not request.finished and request_id in (None, request.request_id)
+            ]
+            self._abort(found)
+        return len(found)
+
+    # -- the weights ---------------------------------------------------------------------------------------
+
+    @property
+    def weight_version(self) -> int:
+        """How often the weights were swapped, or the number that the last swap gave them."""
+        return self.engine.weight_version
+
+    def update_weights(self, source: Weights, *, version: int | None = None) -> None:
+        """Go on with other weights of the same model: nothing is compiled, and each old array is freed when its
+        successor is there.
+
+        source: an NNX module (`model.decoder.Decoder`, as `adapt` trains it), its state or pure dict of
+        parameters, or a checkpoint's folder, which is read array by array. Arrays are copied. It happens between
+        two steps, and any thread may call it while another generates: running requests keep their tokens, and
+        what the old weights computed for them is recomputed with the new ones. version: the new
+        `weight_version` (a training step, say), above the present one; None: the next. ValueError, and nothing
+        changed, when a parameter is missing, unknown or misshapen.
+        """
+        with self._lock:
+            self._check_open()
+            engine, present = self.engine, self.engine.weight_version
+            number = present + 1 if version is None else version
+            if isinstance(number, bool) or not isinstance(number, int) or number <= present:
+                raise ValueError(
+                    f"version={version!r} must be a whole number above the present {present}: within a "
+                    "generation, versions never fall"
+                )
+            engine.swap_weights(plan_swap(engine.programs, self.config, engine.max_model_len, source), number)
+
     # -- the life of the engine ----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -170,6 +272,11 @@ class LLM:
             if not self._closed:
                 self._closed = True
                 self.engine.programs.close()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed before; running requests go on."""
+        with self._lock:
+            self.engine.pages.new_weights()
 
     def save(self, path: str | Path) -> None:
         """Write an Orbax checkpoint (weights, config, tokenizer files) that `LLM(path)` opens again.
@@ -193,10 +300,15 @@ class LLM:
         count = sum(leaf.size for leaf in weights)
         size = sum(leaf.nbytes for leaf in weights) / 1e6
         pages = self.engine.pages
+        pool = f"{pages.num_pages - 1} pages of {pages.page_size} tokens"
+        cache = f"off ({pages.off})"
+        if pages.sharing:
+            cache = f"on ({pages.hit_tokens} of {pages.lookup_tokens} prompt tokens hit)"
         return (
             f"LLM({self.name!r}: {self.config.model_type}, {count / 1e6:.1f}M parameters, {size:.0f} MB "
             f"{weights[0].dtype} on {weights[0].device}; max_model_len {self.engine.max_model_len}; "
-            f"{pages.num_pages - 1} pages of {pages.page_size} tokens; {self.engine.programs.plan})"
+            f"{pool if self.engine.programs.width else 'no pages'}; prefix cache {cache}; "
+            f"{self.engine.programs.plan})"
         )
 
     # -- inside --------------------------------------------------------------------------------------------
@@ -209,52 +321,74 @@ class LLM:
         return self.tokenizer
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> Request:
-        """Queue one prompt; ValueError when it can never run."""
-        return self.enqueue(*self.tokens(prompt), params)
-
-    def enqueue(self, text: str | None, ids: list[int], params: SamplingParams) -> Request:
-        """Queue one tokenized prompt; ValueError when it can never run. Someone has to step the engine."""
+        """Queue one prompt; ValueError when it can never run, `QueueFull` when it can later."""
+        request = self._request(prompt, params)
         with self._lock:
-            if self._closed:
-                raise ValueError(f"LLM({self.name!r}) is closed; make a new one")
-            index, self._requests = self._requests, self._requests + 1
-            seed = params.seed if params.seed is not None else _derive_seed(self.seed, index)
-            request = Request(str(index), text, ids, params, seed)
             self.engine.add(request)
         return request
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        text, ids = self.tokens(prompt)
+        salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+        return self._new_request(text, ids, params, salt)
+
+    def enqueue(
+        self, text: str | None, ids: list[int], params: SamplingParams, *, cache_salt: str | None = None
+    ) -> Request:
+        """Queue one tokenized prompt; ValueError when it can never run, `QueueFull` when it can later. Someone
+        has to step the engine."""
+        with self._lock:
+            request = self._new_request(text, ids, params, cache_salt)
+            self.engine.add(request)
+        return request
+
+    def _new_request(
+        self, text: str | None, ids: list[int], params: SamplingParams, salt: str | None
+    ) -> Request:
+        """A request with its place in the order of requests, and so its seed; not queued yet."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params={params!r} is a {type(params).__name__}; give SamplingParams")
+        with self._lock:
+            self._check_open()
+            index, self._requests = self._requests, self._requests + 1
+            seed = params.seed if params.seed is not None else _derive_seed(self.seed, index)
+            request = Request(str(index), text, ids, params, seed, cache_salt=salt)
+            self._live.add(request)
+        return request
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"LLM({self.name!r}) is closed; make a new one")
 
     def tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text (None when it came as token ids) and token ids; safe to call from any thread."""
         if isinstance(prompt, dict):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+            if unknown or not set(prompt) - {"cache_salt"}:
                 raise ValueError(
-                    f"a prompt dict holds 'prompt' (text) or 'prompt_token_ids'; got keys {sorted(prompt)}"
+                    f"a prompt dict holds 'prompt' (text) or 'prompt_token_ids', and a 'cache_salt' if need be; "
+                    f"got keys {sorted(map(str, prompt))}"
                 )
+            if not isinstance(prompt.get("cache_salt"), str | None):
+                raise ValueError(f"cache_salt={prompt['cache_salt']!r} must be a string")
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), self.tokens(prompt["prompt_token_ids"])[1]
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self._need_tokenizer("a text prompt").encode(prompt)
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
+            raise ValueError(f"a prompt is a string or a list of token ids (int); got {str(prompt)[:80]}")
         ids: list[Any] = list(prompt)
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
             raise ValueError(f"a prompt is a string or a list of token ids (int); got {str(ids)[:80]}")
         return None, ids
 
-    def _run(
-        self, prompts: list[Any], params: list[SamplingParams], alone: bool, use_tqdm: bool | None
-    ) -> list[RequestOutput]:
-        """Submit, drive until all are done, and return the outputs in order. An interrupt ends the requests."""
-        requests: list[Request] = []
-        show = (self.progress and len(prompts) > 1) if use_tqdm is None else use_tqdm
+    def _run(self, requests: list[Request], alone: bool, use_tqdm: bool | None) -> list[RequestOutput]:
+        """Queue as room appears, drive until all are done, and return the outputs in order. An interrupt ends the
+        requests."""
+        show = (self.progress and len(requests) > 1) if use_tqdm is None else use_tqdm
+        held = deque(request for request in requests if request.error is None)
         try:
-            for prompt, one in zip(prompts, params):
-                try:
-                    requests.append(self._submit(prompt, one))
-                except ValueError as error:
-                    if alone or self._closed:
-                        raise
-                    requests.append(_refused(len(requests), prompt, one, str(error)))
             with deferred_interrupt() as interrupted, tqdm(
                 total=len(requests), desc="generating", unit="prompt", disable=not show
             ) as bar:  # fmt: skip
@@ -266,6 +400,7 @@ class LLM:
                     if not waiting:
                         break
                     with self._lock:
+                        self._feed(held, alone)
                         done = {id(s.request) for s in self.engine.step() if s.request.finished}
                     bar.update(len(done & mine))
                     if interrupted():
@@ -275,9 +410,23 @@ class LLM:
             raise
         return [request.output() for request in requests]
 
+    def _feed(self, held: deque[Request], alone: bool) -> None:
+        """Queue the held requests that the waiting queue has room for."""
+        while held and self.engine.room:
+            request = held.popleft()
+            try:
+                self.engine.add(request)
+            except ValueError as error:
+                if alone:
+                    raise
+                request.error = str(error)
+            if request.cancelled:
+                self.engine.abort(request)
+
     def _abort(self, requests: list[Request]) -> None:
         with self._lock:
             for request in requests:
+                request.cancelled = True  # also if it is held back still
                 self.engine.abort(request)
 
 
@@ -327,7 +476,8 @@ class Stream:
             self._llm._abort([self._request])
 
     def __del__(self) -> None:
-        self.close()
+        # Garbage is collected anywhere, in the midst of a step too: the next step ends the request.
+        self._llm.engine.cancelled.append(self._request)
 
 
 def _is_prompt(prompts: Any) -> bool:
