@@ -83,7 +83,7 @@ class Snapshots:
         key = chain.key(at // block - 1, sequence.tokens, block) if at <= len(sequence.tokens) else None
         if key is not None and (key in self._slot_of or key in self._coming):
             return
-        keep = prompt and (at == sequence.branch or at + block >= sequence.known)
+        keep = prompt and at in (sequence.branch, (sequence.known - 1) // block * block)
         if not keep:
             self._forget(sequence)
         slot = self._take()
