@@ -201,13 +201,18 @@ class Service:
 
     async def _body(self, request: Request) -> bytes:
         """The body; one that is too long is read on, within reason, so that the client hears of it."""
+        from starlette.requests import ClientDisconnect
+
         parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size <= self.max_body_bytes:
-                parts.append(part)
-            elif size > MAX_DRAIN:
-                break
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size <= self.max_body_bytes:
+                    parts.append(part)
+                elif size > MAX_DRAIN:
+                    break
+        except ClientDisconnect:
+            raise _gone() from None
         if size > self.max_body_bytes:
             raise Refusal(
                 f"the body is longer than {self.max_body_bytes} bytes; shorten it",
@@ -333,11 +338,15 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Refusal("the client disconnected", status=GONE, code="client_disconnected")
+            raise _gone()
         return task.result()
     finally:
         task.cancel()
         gone.cancel()
+
+
+def _gone() -> Refusal:
+    return Refusal("the client disconnected", status=GONE, code="client_disconnected")
 
 
 async def _disconnected(request: Request) -> None:
