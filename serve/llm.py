@@ -164,6 +164,8 @@ class LLM:
         an output that cannot go on comes back with `error` set.
         """
         alone = isinstance(outputs, RequestOutput | Mapping)
+        if not isinstance(outputs, RequestOutput | Iterable):
+            raise ValueError(f"outputs is a {type(outputs).__name__}; give RequestOutputs or their snapshots")
         items: list[Any] = [outputs] if alone else list(outputs)  # type: ignore[list-item]
         whole = [one if isinstance(one, RequestOutput) else RequestOutput.from_snapshot(one) for one in items]
         places = [place for place, one in enumerate(whole) if one.resumable]
