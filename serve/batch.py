@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .batch_files import BatchStopped, Line, ResultFile, digest, parse_line, read_lines
 from .bounds import QueueFull
-from .driver import Driver, Handle, Update
+from .driver import Driver, Update
 from .openai import Call, Refusal, error_object, error_status, parse, served_names
 from .openai_answers import response
 from .outputs import RequestOutput
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .llm import LLM
 
 POLL_SECONDS = 0.1
+RETRY_SECONDS = 0.01
 SAMPLED_BYTES = 1 << 16
 
 
@@ -96,7 +97,7 @@ def run_batch(
         ) as bar:
             with Driver(llm) as driver:
                 job.run(driver, bar)
-            job.drain()
+            job.drain(driver)
     if signalled() == signal.SIGINT:
         raise KeyboardInterrupt
     if signalled():
@@ -111,7 +112,6 @@ class _Open:
     line: Line
     call: Call
     outputs: list[RequestOutput | None]
-    handles: list[Handle] = field(default_factory=list)
     closed: bool = False
 
 
@@ -175,7 +175,7 @@ class _Job:
                 more = line is not None
                 if line is not None:
                     self.start(line, driver)
-            finished = self.drain(POLL_SECONDS if self.running else 0.0)
+            finished = self.drain(driver, POLL_SECONDS if self.running else 0.0)
             self.results.flush_due()
             self.summary.seconds = time.monotonic() - started
             if finished:
@@ -201,17 +201,22 @@ class _Job:
             self.fail(line, error)
             return
         work = _Open(line, call, [None] * len(call.prompts))
-        for place, prompt in enumerate(call.prompts):
-            params = call.params
-            if params.seed is None:
-                params = replace(params, seed=request_seed(self.seed, line.custom_id, place))
-            self.running += params.n
-            work.handles.append(driver.submit(prompt, params, self._arrival(work, place), every_step=False))
+        for place in range(len(call.prompts)):
+            self.running += call.params.n
+            self.submit(work, place, driver)
 
-    def _arrival(self, work: _Open, place: int) -> Callable[[Update], None]:
-        return lambda update: self.arrived.put((work, place, update))
+    def submit(self, work: _Open, place: int, driver: Driver) -> None:
+        """Hand one prompt to the driver. A full queue (others may use the LLM too) is tried again."""
+        params, prompt = work.call.params, work.call.prompts[place]
+        if params.seed is None:
+            params = replace(params, seed=request_seed(self.seed, work.line.custom_id, place))
 
-    def drain(self, wait: float = 0.0) -> int:
+        def arrive(update: Update) -> None:
+            self.arrived.put((work, place, update))
+
+        driver.submit(prompt, params, arrive, every_step=False)
+
+    def drain(self, driver: Driver, wait: float = 0.0) -> int:
         """Take what has finished, waiting `wait` seconds for the first; returns how many prompts came back."""
         count = 0
         while True:
@@ -219,13 +224,19 @@ class _Job:
                 work, place, update = self.arrived.get(block=wait > 0 and not count, timeout=wait or None)
             except queue.Empty:
                 return count
+            if isinstance(update.error, QueueFull) and not self.stopped():
+                time.sleep(RETRY_SECONDS)
+                self.submit(work, place, driver)
+                continue
             count += 1
             self.running -= work.call.params.n
             self.take(work, place, update)
 
     def take(self, work: _Open, place: int, update: Update) -> None:
         """One prompt of a request is back; the request is done when all are, or when one was refused."""
-        if isinstance(update.error, QueueFull) or not isinstance(update.error, ValueError | None):
+        if isinstance(update.error, QueueFull):
+            return  # the job stops: the next run answers it
+        if not isinstance(update.error, ValueError | None):
             raise BatchStopped(
                 f"the engine stopped ({update.error}); the results before are kept: run the same command to go on"
             ) from update.error
@@ -313,6 +324,8 @@ def _fingerprint(llm: LLM) -> str:
     if llm.folder is None:
         found.update(f"{llm.config}:{llm.seed}".encode())
         return found.hexdigest()
+    if llm.weight_version:
+        found.update(f"updated to {llm.weight_version}".encode())
     for path in sorted(path for path in llm.folder.rglob("*") if path.is_file()):
         size = path.stat().st_size
         found.update(f"{path.relative_to(llm.folder)}:{size}:".encode())

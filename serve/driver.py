@@ -46,6 +46,7 @@ class Handle:
     params: SamplingParams
     on_update: Callable[[Update], None]
     every_step: bool
+    cache_salt: str | None = None
     request: Request | None = None
     shown: list[tuple[int, int]] = field(default_factory=list)
     cancelled: bool = False
@@ -80,7 +81,8 @@ class Driver:
         cannot be tokenized (other refusals come as an update) and RuntimeError when the driver has stopped.
         """
         text, ids = self.llm.tokens(prompt)
-        handle = Handle(text, ids, params, on_update, every_step)
+        salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+        handle = Handle(text, ids, params, on_update, every_step, salt)
         with self._wake:
             if self._stopping or self.failure is not None:
                 raise RuntimeError(f"the driver has stopped: {self.failure or 'it was asked to'}")
@@ -140,7 +142,9 @@ class Driver:
             if handle.cancelled:
                 continue
             try:
-                handle.request = self.llm.enqueue(handle.text, handle.prompt_ids, handle.params)
+                handle.request = self.llm.enqueue(
+                    handle.text, handle.prompt_ids, handle.params, cache_salt=handle.cache_salt
+                )
             except ValueError as error:
                 told.append((handle, Update(error=error)))
                 continue

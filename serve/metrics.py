@@ -81,6 +81,15 @@ class Metrics:
             name("preemptions"), "Sequences that gave up their pages", value=engine.scheduler.preemptions
         )
 
+        yield CounterMetricFamily(
+            name("prefix_cache_queries"),
+            "Prompt tokens looked up in the cache",
+            value=engine.pages.lookup_tokens,
+        )
+        yield CounterMetricFamily(
+            name("prefix_cache_hits"), "Prompt tokens found in the cache", value=engine.pages.hit_tokens
+        )
+
     def text(self) -> bytes:
         from prometheus_client import generate_latest
 

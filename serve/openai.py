@@ -29,7 +29,7 @@ MAX_PROMPTS = 2048
 # SamplingParams fields that OpenAI's body says differently, or that this translation sets.
 TRANSLATED = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "detokenize"}
 PASSED = {one.name for one in dataclasses.fields(SamplingParams)} - TRANSLATED
-SHARED = PASSED | {"model", "stream", "stream_options", "max_tokens", "logprobs", "logit_bias"}
+SHARED = PASSED | {"model", "stream", "stream_options", "max_tokens", "logprobs", "logit_bias", "cache_salt"}
 # Bookkeeping of OpenAI's own service: accepted, without effect.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 TEMPLATE = {"add_generation_prompt", "continue_final_message", "documents"}
@@ -146,6 +146,9 @@ def parse(url: str, body: Any, llm: LLM, names: Sequence[str]) -> Call:
         prompts = [_chat_prompt(given, llm)] if chat else _prompts(given, llm, echo)
     except RecursionError:
         raise Refusal("the messages or tools are nested too deeply; flatten them") from None
+    if "cache_salt" in given:
+        salt = _clean(given["cache_salt"], "cache_salt", text=True)
+        prompts = [{**prompt, "cache_salt": salt} for prompt in prompts]
     return Call(
         chat, model, prompts, params, stream, _include_usage(given, stream), echo, score_only, llm.tokenizer
     )
@@ -298,7 +301,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
 
 def _clean(value: Any, name: str, text: bool = False) -> Any:
     if text and not isinstance(value, str):
-        raise Refusal(f"{name} must be text or a list of text parts, but is {_short(value)}", param=name)
+        raise Refusal(f"{name} must be text, but is {_short(value)}", param=name)
     if isinstance(value, str):
         try:
             value.encode()

@@ -18,6 +18,7 @@ from tokenloom import SamplingParams
 from tokenloom.serve import cli
 from tokenloom.serve.batch import request_seed, run_batch
 from tokenloom.serve.batch_files import BatchStopped, ResultFile, parse_line
+from tokenloom.serve.bounds import Bounds
 from tokenloom.serve.openai import parse, served_names
 from tokenloom.tests import tiny
 from tokenloom.tests.kills import count_lines, differing, results, run_and_kill, write_input
@@ -182,6 +183,25 @@ def test_five_kills_change_nothing(llm, whole, tmp_path):
         record["response"]["body"] = {**record["response"]["body"], "id": "", "model": ""}
         record["id"] = record["response"]["request_id"] = ""
     assert len(differing(found, expected)) <= TIES
+
+
+def test_a_full_queue_is_waited_for(llm, tmp_path, monkeypatch):
+    """One request may bring more prompts than may wait."""
+    body = dict(prompt=[f"def f{index}(" for index in range(12)], max_tokens=8, seed=1)
+    source = write(tmp_path / "in.jsonl", line("many", **body), line("b"))
+    run_batch(llm, source, tmp_path / "free.jsonl")
+    refusals = []
+    check_room = Bounds.check_room
+
+    def noted(self, waiting):
+        refusals.append(waiting >= 1)
+        check_room(self, waiting)
+
+    monkeypatch.setattr(Bounds, "check_room", noted)
+    monkeypatch.setattr(llm.engine, "bounds", Bounds(max_waiting=1))
+    run_batch(llm, source, tmp_path / "bound.jsonl")
+    assert any(refusals), "the queue was meant to be too short"
+    assert differing(results(tmp_path / "bound.jsonl"), results(tmp_path / "free.jsonl")) == []
 
 
 def test_shards_answer_every_line_once(llm, whole, tmp_path):

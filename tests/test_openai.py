@@ -67,6 +67,14 @@ def test_prompts_of_every_form(llm):
     ]  # fmt: skip
 
 
+def test_a_cache_salt_reaches_the_prompt(llm):
+    call = completion(llm, ["a", [5]], cache_salt="mine")
+    assert [prompt["cache_salt"] for prompt in call.prompts] == ["mine", "mine"]
+    assert llm.generate(call.prompts, call.params)[0].outputs
+    with pytest.raises(Refusal, match="cache_salt must be text"):
+        completion(llm, cache_salt=5)
+
+
 def test_messages_reach_the_template(llm):
     prompt = llm.chat_prompt(USER)
     assert chat(llm).prompts == [prompt]
