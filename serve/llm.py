@@ -43,6 +43,7 @@ class LLM:
         num_pages, page_size: the KV pool; None: chosen from the memory at hand and the back end.
         prefix_cache: prompts that begin with text that was computed before take it up from there; None: on
             where every part of the model allows it (`repr` says what turned it off).
+        policy: who goes first (`serve.policies`); None: SarathiServe(), decodes and prompts share every step.
         seed: seeds requests that bring no seed of their own.
         strict: a compilation after warm-up is an error.
         max_output_tokens: tokens that any sample may generate at most; requests that ask for more get this many
@@ -60,7 +61,7 @@ class LLM:
         max_num_seqs: int = 8, max_num_batched_tokens: int = 512, num_pages: int | None = None,
         page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True,
         skip_tokenizer_init: bool = False, prefix_cache: bool | None = None,
-        max_output_tokens: int | None = None, max_waiting: int | None = None,
+        policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
     ):  # fmt: skip
         bounds = Bounds(max_output_tokens, max_waiting)
         folder = checkpoint.resolve(model)
@@ -70,7 +71,7 @@ class LLM:
         params = checkpoint.load(folder, config, numerics)
         self.folder: Path | None = folder
         build = Build(
-            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict, prefix_cache
+            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict, prefix_cache, policy
         )
         self._start(str(model), config, numerics, params, tokenizer, build, progress, bounds)
 
@@ -80,7 +81,7 @@ class LLM:
         tokenizer: Tokenizer | None = None, max_model_len: int | None = None, max_num_seqs: int = 8,
         max_num_batched_tokens: int = 512, num_pages: int | None = None, page_size: int | None = None,
         strict: bool = False, progress: bool = True, prefix_cache: bool | None = None,
-        max_output_tokens: int | None = None, max_waiting: int | None = None,
+        policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
     ) -> Self:  # fmt: skip
         """A model with random weights drawn from `seed`: `config` is a ModelConfig or a config.json's dict."""
         bounds = Bounds(max_output_tokens, max_waiting)
@@ -90,7 +91,7 @@ class LLM:
         self = cls.__new__(cls)
         self.folder = None
         build = Build(
-            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict, prefix_cache
+            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict, prefix_cache, policy
         )
         params = checkpoint.random_params(config, numerics, seed)
         name = f"{config.model_type} (random)"
@@ -104,7 +105,9 @@ class LLM:
         self.name, self.tokenizer, self.seed, self.progress = name, tokenizer, build.seed, progress
         self.config, self.engine = build_engine(config, numerics, params, tokenizer, build)
         self.engine.bounds = bounds
-        self.engine.programs.compile(progress)
+        programs = self.engine.programs
+        programs.compile(progress)
+        self.engine.scheduler.policy.calibrate(programs.plan.chunks, programs.measure)
         self._lock = FairLock()
         self._requests = 0
         self._live: weakref.WeakSet[Request] = weakref.WeakSet()
@@ -117,6 +120,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] | None = None,
+        tenant: str | Sequence[str] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts; results come in the order of the prompts.
@@ -124,11 +129,15 @@ class LLM:
         A prompt is a string, a list of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}, which may hold
         a "cache_salt" too: prompts share cached prefixes with those of the same salt only. In a list, a prompt
         that cannot run gets an output with `error` set and the others finish; alone it raises.
+
+        priority (lower goes first) and tenant, one for all or one a prompt, matter to the policies `Priority` and
+        `Fair`.
         """
-        alone = _is_prompt(prompts)
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts is a {type(prompts).__name__}; give a prompt or a list of prompts")
-        items: list[Any] = [prompts] if alone else list(prompts)  # type: ignore[list-item]
+        prompts = prompts if isinstance(prompts, str | bytes | dict) else list(prompts)
+        alone = _is_prompt(prompts)
+        items: list[Any] = [prompts] if alone else list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(items)
         else:
@@ -137,10 +146,12 @@ class LLM:
             raise ValueError(
                 f"{len(items)} prompts came with {len(params)} SamplingParams; give one for all or one each"
             )
+        ranks = _each(priority, 0, len(items), "priority", int)
+        tenants = _each(tenant, None, len(items), "tenant", str)
         requests: list[Request] = []
-        for item, one in zip(items, params):
+        for item, one, rank, owner in zip(items, params, ranks, tenants):
             try:
-                requests.append(self._request(item, one))
+                requests.append(self._request(item, one, rank, owner))
             except ValueError as error:
                 if alone or self._closed:
                     raise
@@ -329,18 +340,21 @@ class LLM:
             self.engine.add(request)
         return request
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, priority: int = 0, tenant: str | None = None
+    ) -> Request:
         text, ids = self.tokens(prompt)
         salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
-        return self._new_request(text, ids, params, salt)
+        return self._new_request(text, ids, params, salt, priority, tenant)
 
     def enqueue(
-        self, text: str | None, ids: list[int], params: SamplingParams, *, cache_salt: str | None = None
-    ) -> Request:
+        self, text: str | None, ids: list[int], params: SamplingParams, *, cache_salt: str | None = None,
+        priority: int = 0, tenant: str | None = None,
+    ) -> Request:  # fmt: skip
         """Queue one tokenized prompt; ValueError when it can never run, `QueueFull` when it can later. Someone
         has to step the engine."""
         with self._lock:
-            request = self._new_request(text, ids, params, cache_salt)
+            request = self._new_request(text, ids, params, cache_salt, priority, tenant)
             self.engine.add(request)
         return request
 
@@ -484,9 +498,21 @@ class Stream:
 
 def _is_prompt(prompts: Any) -> bool:
     """True for one prompt: a string, a dict, or a flat list of token ids."""
-    if isinstance(prompts, (str, dict)):
+    if isinstance(prompts, str | bytes | dict):
         return True
     return bool(prompts) and all(isinstance(item, int) for item in prompts)
+
+
+def _each(given: Any, default: Any, count: int, name: str, kind: type) -> list[Any]:
+    """One value for each of `count` prompts, from one for all or a list."""
+    if given is None or isinstance(given, kind):
+        return [default if given is None else given] * count
+    values = list(given)
+    if len(values) != count or not all(isinstance(value, kind) for value in values):
+        raise ValueError(
+            f"{name}={str(values)[:80]} does not fit {count} prompts: give one {kind.__name__} for all or one each"
+        )
+    return values
 
 
 def _derive_seed(seed: int, index: int) -> int:
