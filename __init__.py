@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
+    from .serve.policies.fair import Fair
+    from .serve.policies.prefill_first import PrefillFirst
+    from .serve.policies.priority import Priority
+    from .serve.policies.sarathi import SarathiServe
+    from .serve.policies.split_fuse import SplitFuse
     from .serve.sampling.params import SamplingParams
 
 _HOMES = {
@@ -18,10 +23,26 @@ _HOMES = {
     "SamplingParams": "serve.sampling.params",
     "RequestOutput": "serve.outputs",
     "CompletionOutput": "serve.outputs",
+    "SarathiServe": "serve.policies.sarathi",
+    "SplitFuse": "serve.policies.split_fuse",
+    "PrefillFirst": "serve.policies.prefill_first",
+    "Priority": "serve.policies.priority",
+    "Fair": "serve.policies.fair",
 }
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Fair",
+    "PrefillFirst",
+    "Priority",
+    "RequestOutput",
+    "SamplingParams",
+    "SarathiServe",
+    "SplitFuse",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -19,6 +19,7 @@ from ..model.stacked import abstract_stacked, period_of, stack
 from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
 from .engine import Engine
 from .pages import PageAllocator
+from .policies.policy import Policy
 from .programs import BucketPlan, Programs
 from .sampling.sampler import Sampler
 from .snapshots import Snapshots
@@ -43,6 +44,7 @@ class Build:
     seed: int
     strict: bool
     prefix_cache: bool | None = None
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size"):
@@ -190,7 +192,7 @@ def build_engine(
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
     engine = Engine(
         programs, pages, max_model_len=length, vocab_size=config.vocab_size, budget=budget,
-        tokenizer=tokenizer, eos_ids=eos,
+        tokenizer=tokenizer, eos_ids=eos, policy=build.policy,
     )  # fmt: skip
     return config, engine
 

@@ -18,6 +18,7 @@ from ..attention.batch import NULL_PAGE, Shape, pack
 from .bounds import Bounds, Deadlines
 from .outputs import FinishReason
 from .pages import PageAllocator
+from .policies.policy import Policy
 from .programs import Programs
 from .request import Request, Sample, bad_word_ids, make_logprobs, make_sample
 from .sampling.sampler import Sampled, Scores, read
@@ -42,12 +43,12 @@ class Engine:
     def __init__(
         self, programs: Programs, pages: PageAllocator, *, max_model_len: int, vocab_size: int,
         budget: int, tokenizer: Tokenizer | None = None, eos_ids: Iterable[int] = (),
-        bounds: Bounds = Bounds(),
+        bounds: Bounds = Bounds(), policy: Policy | None = None,
     ):  # fmt: skip
         plan = programs.plan
         self.programs, self.pages, self.tokenizer = programs, pages, tokenizer
         self.scheduler = Scheduler(
-            pages, max_num_seqs=plan.max_num_seqs, budget=budget, prompt_rows=plan.prompt_rows
+            pages, max_num_seqs=plan.max_num_seqs, budget=budget, prompt_rows=plan.prompt_rows, policy=policy
         )
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self.eos_ids = frozenset(eos_ids)

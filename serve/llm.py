@@ -23,6 +23,7 @@ from .build import Build, build_engine, choose_numerics
 from .interrupt import deferred_interrupt
 from .locks import FairLock
 from .outputs import RequestOutput
+from .policies.policy import Policy
 from .request import Request
 from .sampling.params import SamplingParams
 from .tokenizer import Tokenizer
@@ -71,8 +72,9 @@ class LLM:
         params = checkpoint.load(folder, config, numerics)
         self.folder: Path | None = folder
         build = Build(
-            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict, prefix_cache, policy
-        )
+            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
+            prefix_cache, policy,
+        )  # fmt: skip
         self._start(str(model), config, numerics, params, tokenizer, build, progress, bounds)
 
     @classmethod
@@ -91,8 +93,9 @@ class LLM:
         self = cls.__new__(cls)
         self.folder = None
         build = Build(
-            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict, prefix_cache, policy
-        )
+            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
+            prefix_cache, policy,
+        )  # fmt: skip
         params = checkpoint.random_params(config, numerics, seed)
         name = f"{config.model_type} (random)"
         self._start(name, config, numerics, params, tokenizer, build, progress, bounds)
@@ -359,8 +362,9 @@ class LLM:
         return request
 
     def _new_request(
-        self, text: str | None, ids: list[int], params: SamplingParams, salt: str | None
-    ) -> Request:
+        self, text: str | None, ids: list[int], params: SamplingParams, salt: str | None,
+        priority: int = 0, tenant: str | None = None,
+    ) -> Request:  # fmt: skip
         """A request with its place in the order of requests, and so its seed; not queued yet."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params={params!r} is a {type(params).__name__}; give SamplingParams")
@@ -368,7 +372,9 @@ class LLM:
             self._check_open()
             index, self._requests = self._requests, self._requests + 1
             seed = params.seed if params.seed is not None else _derive_seed(self.seed, index)
-            request = Request(str(index), text, ids, params, seed, cache_salt=salt)
+            request = Request(
+                str(index), text, ids, params, seed, cache_salt=salt, priority=priority, tenant=tenant
+            )
             self._live.add(request)
         return request
 

@@ -8,6 +8,7 @@ samples. So programs are a sum and not a product. Backbones are one function key
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -219,6 +220,20 @@ class Programs:
             self.params, self.sampler_state, x, meta
         )
         return sampled, prompt_x
+
+    def measure(self, chunk: int, repeats: int = 3) -> float:
+        """Seconds of a step with `chunk` prompt tokens beside decodes at full width: the best of `repeats`. Its
+        rows are all idle, so they write where padding does and no request's state changes."""
+        plan = self.plan
+        shape = Shape(plan.max_num_seqs if plan.max_num_seqs > 1 else 0, 1, plan.prompt_rows, chunk)
+        packed = np.zeros(descriptor_size(shape, self.width), np.int32)
+        packed[shape.rows : 2 * shape.rows] = plan.max_num_seqs
+        best = float("inf")
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(self.step(shape, packed)[0].token)
+            best = min(best, time.perf_counter() - start)
+        return best
 
     def score(self, prompt_x: jax.Array, targets: np.ndarray, used: int) -> jax.Array:
         """Packed log-probabilities of `targets` i32[C] after each of the first `used` prompt tokens."""

@@ -37,6 +37,8 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     cache_salt: str | None = None
+    priority: int = 0
+    tenant: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -169,8 +171,9 @@ class Sample:
             self.close()
 
     def ready(self) -> Sequence:
-        """The sequence, marked for the prefix cache: requests with another salt never meet its blocks, and a
-        sample that scores its prompt looks nothing up, because it needs every row."""
+        """The sequence, marked for the scheduling policy and the prefix cache: requests with another salt never
+        meet its blocks, and a sample that scores its prompt looks nothing up, because it needs every row."""
+        self.sequence.priority, self.sequence.tenant = self.request.priority, self.request.tenant
         self.sequence.chain.root = (None, self.request.cache_salt)
         self.sequence.lookup = self.index > 0 or not self.request.wants_prompt_scores
         return self.sequence

@@ -1,21 +1,22 @@
 """Who runs next. Plain Python, no arrays.
 
 One rule covers prompts, decodes and resuming: each step gives a sequence (known tokens - computed tokens),
-clipped by the token budget. Decodes first, then unfinished prompts, then new sequences (Sarathi-Serve,
-arXiv 2403.02310, sections 4.2 and 4.3). Memory: a sequence owns pages for its whole known length from
-admission on, a decode grows by a page; when the pool is empty the youngest running sequence is preempted,
-waits at the front and is recomputed later, and a step that preempted admits nobody. A sequence that starts (or
+clipped by the token budget. Who goes first is the policy's choice (`policies`); what holds under every policy is
+here. Memory: a sequence owns pages for its whole known length from admission on, a decode grows by a page; when
+the pool is empty a running sequence is preempted, waits and is recomputed later, and a step that preempted
+admits nobody. A sequence that starts (or
 comes back) takes the longest cached prefix, but computes its last known token at least.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from .chain import Chain
 from .pages import PageAllocator
+from .policies.policy import Policy
+from .policies.sarathi import SarathiServe
 from .snapshots import Trail
 
 
@@ -27,7 +28,7 @@ class Sequence:
     sequence ends; `epoch` rises at each preemption, and results of an older epoch are dropped.
 
     `chain` names its blocks to the prefix cache, where it looks itself up if `lookup` says so; `cached` tokens
-    were found when it first started; `branch` and `trail` are the marks of `snapshots`.
+    were found when it first started; `branch` and `trail` are the marks of `snapshots`, `rank` is the policy's.
     """
 
     tokens: list[int]
@@ -45,6 +46,9 @@ class Sequence:
     cached: int = 0
     branch: int = 0
     trail: Trail | None = None
+    priority: int = 0
+    tenant: str | None = None
+    rank: Any = None
 
     @property
     def known(self) -> int:
@@ -76,50 +80,65 @@ class Work:
 
 
 class Scheduler:
-    """First come, first served, under `budget` tokens and `prompt_rows` prompt chunks a step."""
+    """Runs at most `max_num_seqs` sequences, with at most `budget` tokens and `prompt_rows` prompt chunks a step."""
 
-    def __init__(self, pages: PageAllocator, *, max_num_seqs: int, budget: int, prompt_rows: int):
+    def __init__(
+        self, pages: PageAllocator, *, max_num_seqs: int, budget: int, prompt_rows: int,
+        policy: Policy | None = None,
+    ):  # fmt: skip
+        policy = SarathiServe() if policy is None else policy
+        if policy.owner is not None:
+            raise ValueError(f"this {type(policy).__name__} serves another engine already; make one for each")
+        policy.owner, budget = self, policy.budget(budget)
         if budget < max_num_seqs + 1:
             raise ValueError(
                 f"max_num_batched_tokens={budget} must exceed max_num_seqs={max_num_seqs}, or prompts would "
-                f"starve beside a full batch of decodes; raise the former or lower the latter"
+                f"starve beside a full batch of decodes; raise the former (or the policy's budget) or lower the "
+                f"latter"
             )
-        self.pages, self.budget, self.prompt_rows = pages, budget, prompt_rows
-        self.waiting: deque[Sequence] = deque()
+        self.pages, self.policy, self.budget, self.prompt_rows = pages, policy, budget, prompt_rows
+        self.max_num_seqs = max_num_seqs
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._seats = list(range(max_num_seqs - 1, -1, -1))
 
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+    @property
+    def waiting(self) -> Policy:
+        """The policy, as the one that holds the waiting sequences: it has a length."""
+        return self.policy
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(len(self.policy) or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.policy.add(sequence)
 
     def schedule(self) -> Work | None:
         """The next step, or None when nobody can advance before pending tokens are read."""
-        preempted = self.preemptions
-        decodes = self._decodes()
-        budget = self.budget - len(decodes)
-        chunks: list[Chunk] = []
-        for sequence in self.running:
+        policy, preempted = self.policy, self.preemptions
+        budget = min(self.budget, max(policy.budget(self.budget), self.max_num_seqs + 1))
+        decodes = [] if policy.prefill_first else self._decodes()
+        chunks, admitted, loads = [], [], []
+        budget -= len(decodes)
+        for sequence in policy.order(self.running):
             if not sequence.decoding and budget > 0 and len(chunks) < self.prompt_rows:
                 budget -= self._take(sequence, budget, chunks)
-        admitted, loads = [], []
-        while self.waiting and budget > 0 and len(chunks) < self.prompt_rows and self._seats:
-            sequence = self.waiting[0]
-            if self.preemptions > preempted or not self._admit(sequence, loads):
+        while budget > 0 and len(chunks) < self.prompt_rows and self._seats and self.preemptions == preempted:
+            sequence = policy.peek()
+            if sequence is None or not self._admit(sequence, loads):
                 break
-            self.waiting.popleft()
             admitted.append(sequence)
             budget -= self._take(sequence, budget, chunks)
+        if policy.prefill_first and not chunks:
+            decodes = self._decodes()
         if not decodes and not chunks:
             return None
         for sequence in decodes:
             sequence.computed += 1
             sequence.pending += 1
             self._note(sequence)
+            policy.charge(sequence, 0, 1)
         saves = [] if self.pages.snapshots is None else self.pages.snapshots.flush()
         return Work(decodes, chunks, admitted, loads, saves)
 
@@ -127,6 +146,8 @@ class Scheduler:
         """Give a waiting sequence a seat, and pages for its whole known length, cached ones first; False, and
         nothing changed, when it has to wait."""
         pages, snapshots, chain = self.pages, self.pages.snapshots, sequence.chain
+        if self.running and not self.policy.admits(sequence, pages, self.running):
+            return False
         pages.renew(chain)
         hits = pages.lookup(chain, sequence.tokens) if sequence.lookup else []
         sequence.branch = len(hits) * pages.page_size
@@ -136,6 +157,7 @@ class Scheduler:
             hits = hits[: snapshots.deepest(chain.keys[: len(hits)])]
         if not pages.claim(sequence.pages, hits, sequence.known):
             return False
+        self.policy.pop()
         chain.registered = len(hits)
         sequence.seat = self._seats.pop()
         sequence.computed = len(hits) * pages.page_size
@@ -145,6 +167,7 @@ class Scheduler:
             sequence.cached = sequence.computed
             pages.lookup_tokens += sequence.known if sequence.lookup and pages.sharing else 0
             pages.hit_tokens += sequence.computed
+            self.policy.charge(sequence, sequence.known - sequence.computed, 0)
         self.running.append(sequence)
         return True
 
@@ -159,14 +182,14 @@ class Scheduler:
     def _decodes(self) -> list[Sequence]:
         """Running sequences whose next token can be computed, each with room for it."""
         ready: list[Sequence] = []
-        for sequence in list(self.running):
+        for sequence in list(self.policy.order(self.running)):
             if not sequence.decoding or sequence.known >= sequence.limit:
                 continue
             while sequence.seat >= 0 and not self.pages.grow(sequence.pages, sequence.known):
-                self.preempt(self.running[-1])
+                self.preempt(self.policy.victim(self.running))
             if sequence.seat >= 0:
                 ready.append(sequence)
-        return ready
+        return [sequence for sequence in ready if sequence.seat >= 0]
 
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Schedule the next prompt tokens of `sequence`; returns how many."""
@@ -179,16 +202,17 @@ class Scheduler:
         if final:
             sequence.decoding = True
             sequence.pending += 1
+            self.policy.charge(sequence, 0, 1)
         chunks.append(Chunk(sequence, start, end - start, final))
         return end - start
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take everything from a running sequence; it waits at the front and is recomputed later."""
+        """Take everything from a running sequence; it waits and is recomputed later."""
         self._leave(sequence)
         sequence.computed = sequence.pending = 0
         sequence.epoch += 1
         sequence.decoding = False
-        self.waiting.appendleft(sequence)
+        self.policy.requeue(sequence)
         self.preemptions += 1
 
     def finish(self, sequence: Sequence) -> None:
@@ -200,7 +224,7 @@ class Scheduler:
         if sequence.seat >= 0:
             self._leave(sequence)
         else:
-            self.waiting.remove(sequence)
+            self.policy.discard(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -83,5 +83,5 @@ def test_the_youngest_is_preempted_first_and_nobody_is_admitted_with_it():
         scheduler.add(waiting)
         work = device.step()
         scheduler.finish(waiting)
-    assert scheduler.waiting[0] is young and old in scheduler.running
+    assert scheduler.policy.peek() is young and old in scheduler.running
     assert work.admitted == []

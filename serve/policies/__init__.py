@@ -1,0 +1,1 @@
+"""Scheduling policies, one technique a file: who goes first, and how a step is divided."""
