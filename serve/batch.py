@@ -214,7 +214,10 @@ class _Job:
         def arrive(update: Update) -> None:
             self.arrived.put((work, place, update))
 
-        driver.submit(prompt, params, arrive, every_step=False)
+        try:
+            driver.submit(prompt, params, arrive, every_step=False)
+        except RuntimeError as error:
+            raise _broken(error) from error
 
     def drain(self, driver: Driver, wait: float = 0.0) -> int:
         """Take what has finished, waiting `wait` seconds for the first; returns how many prompts came back."""
@@ -237,9 +240,7 @@ class _Job:
         if isinstance(update.error, QueueFull):
             return  # the job stops: the next run answers it
         if not isinstance(update.error, ValueError | None):
-            raise BatchStopped(
-                f"the engine stopped ({update.error}); the results before are kept: run the same command to go on"
-            ) from update.error
+            raise _broken(update.error) from update.error
         if work.closed or (update.output is not None and _aborted(update.output)):
             return
         if update.error is not None:
@@ -267,6 +268,12 @@ class _Job:
         self.results.append(
             {"id": f"batch_req_{line.key}", "custom_id": line.custom_id, "response": answer, "error": error}
         )
+
+
+def _broken(error: Exception) -> BatchStopped:
+    return BatchStopped(
+        f"the engine stopped ({error}); the results before are kept: run the same command to go on"
+    )
 
 
 def request_seed(seed: int, custom_id: str, place: int = 0) -> int:

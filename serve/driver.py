@@ -135,8 +135,7 @@ class Driver:
 
     def _admit(self) -> list[tuple[Handle, Update]]:
         """Queue new requests in the engine; what it refuses is told so."""
-        with self._wake:
-            incoming, self._incoming = self._incoming, []
+        incoming = self._incoming[:]
         told = []
         for handle in incoming:
             if handle.cancelled:
@@ -151,6 +150,8 @@ class Driver:
             handle.shown = [(0, 0)] * handle.params.n
             self._live.append(handle)
             told.append((handle, Update()))
+        with self._wake:  # not before: were the engine to break, they would never hear of it
+            del self._incoming[: len(incoming)]
         return told
 
     def _drop(self) -> None:
@@ -187,7 +188,7 @@ class Driver:
         """The engine broke: everyone is told, and nothing is taken any more."""
         with self._wake:
             self.failure = error
-            everyone = [*self._live, *self._incoming]
+            everyone = dict.fromkeys([*self._live, *self._incoming])
             self._live, self._incoming = [], []
         for handle in everyone:
             self._tell(handle, Update(error=error))

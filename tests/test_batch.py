@@ -290,6 +290,26 @@ def test_a_short_write_goes_on_and_a_failed_one_keeps_whole_lines(tmp_path):
     assert [*results(tmp_path / "b.jsonl")] == ["a"]
 
 
+@pytest.mark.parametrize("part", ["step", "add"])
+def test_a_broken_engine_keeps_results(llm, whole, tmp_path, monkeypatch, part):
+    source, finished = whole
+    target = tmp_path / "out.jsonl"
+
+    def broken(*_):
+        raise RuntimeError("the device is gone")
+
+    with (
+        monkeypatch.context() as patch,
+        at_result(monkeypatch, 9, lambda: patch.setattr(llm.engine, part, broken)),
+        pytest.raises(BatchStopped, match="the device is gone"),
+    ):
+        run_batch(llm, source, target, flush_seconds=60)
+    llm.abort()
+    assert len(results(target)) >= 9
+    run_batch(llm, source, target)
+    assert len(differing(results(target), results(finished))) <= TIES
+
+
 def test_a_removed_output_is_saved(llm, whole, tmp_path, monkeypatch):
     source, finished = whole
     target = tmp_path / "out.jsonl"

@@ -18,6 +18,7 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from tokenloom import SamplingParams
 from tokenloom.serve.driver import Driver
+from tokenloom.serve.locks import FairLock
 from tokenloom.serve.server import create_app
 from tokenloom.tests import tiny
 
@@ -159,17 +160,22 @@ def test_sixteen_concurrent_requests_equal_generate(url, llm):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_pages(client, url, llm, stream):
-    cancelled = metrics(url).get("tokenloom_requests_total:cancelled", 0)
+    def count(name):
+        return metrics(url).get(f"tokenloom_{name}", 0)
+
+    cancelled, generated = count("requests_total:cancelled"), count("generation_tokens_total")
     if stream:
-        answer = client.completions.create(model="tiny", **{**LONG, "prompt": ["a", "b"]}, n=4, stream=True)
+        answer = client.completions.create(model="tiny", **{**LONG, "prompt": ["a", "b"]}, n=16, stream=True)
         next(answer)
-        answer.close()
-    else:
-        impatient = httpx.Timeout(None, read=0.3)
-        with llm._lock, pytest.raises(openai.APITimeoutError):  # no step until the client has left
-            client.completions.create(model="tiny", **LONG, timeout=impatient)
-    until(lambda: metrics(url).get("tokenloom_requests_total:cancelled", 0) == cancelled + 1)
+    with llm._lock:  # no step until the server knows
+        if stream:
+            answer.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.completions.create(model="tiny", **LONG, timeout=httpx.Timeout(None, read=0.3))
+        until(lambda: count("requests_total:cancelled") == cancelled + 1)
     until(lambda: not llm.engine.scheduler.busy)
+    assert count("generation_tokens_total") - generated < (32 * 100 if stream else 1)
     assert llm.engine.pages.free == llm.engine.pages.num_pages - 1
 
 
@@ -240,22 +246,22 @@ def test_a_full_queue_answers_429(llm):
             assert client.post("/v1/completions", json=body).status_code == 200
 
 
-def test_a_broken_engine_is_reported(llm, monkeypatch):
+@pytest.mark.parametrize("part", ["step", "add"])
+def test_a_broken_engine_is_reported(llm, monkeypatch, part):
     with serving(llm) as url, monkeypatch.context() as patch:
 
-        def broken():
+        def broken(*_):
             raise RuntimeError("the device is gone")
 
-        patch.setattr(llm.engine, "step", broken)
-        body = {"prompt": "a"}
+        patch.setattr(llm.engine, part, broken)
+        body = {"prompt": ["a", "b"]}
         for _ in range(2):
             answer = httpx.post(
                 f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}
             )
             assert answer.status_code == 500 and "the device is gone" in answer.json()["error"]["message"]
         assert httpx.get(f"{url}/health").status_code == 503
-    for sequence in [*llm.engine.scheduler.waiting, *llm.engine.scheduler.running]:
-        llm.engine.abort(sequence.owner.request)
+    llm.abort()
 
 
 def test_a_driver_finishes_or_aborts_when_it_stops(llm):
@@ -271,6 +277,30 @@ def test_a_driver_finishes_or_aborts_when_it_stops(llm):
         assert reason == ("length" if finish else "abort") and sum(update.last for update in updates) == 1
         with pytest.raises(RuntimeError, match="has stopped"):
             driver.submit("a", SamplingParams(), updates.append)
+
+
+def test_a_loop_of_steps_keeps_nobody_out():
+    """What a plain lock does not promise: whoever waits is next."""
+    lock, steps, stop = FairLock(), [0], threading.Event()
+
+    def loop():
+        while not stop.is_set():
+            with lock:
+                steps[0] += 1
+                time.sleep(0.002)
+
+    threads = [threading.Thread(target=loop) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    waits = []
+    for _ in range(40):
+        asked = steps[0]
+        with lock, lock:  # reentrant
+            waits.append(steps[0] - asked)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(waits)[len(waits) // 2] <= 6 and steps[0] > 2
 
 
 def test_sigterm_finishes_requests_and_exits_with_0(tmp_path):
