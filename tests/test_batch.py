@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -409,7 +410,7 @@ def malformed(draw) -> bytes:
                 st.text(max_size=6) | st.sampled_from(["suffix", "stream", "model", "timeout_s", "best_of"])
             )
         if key is not None:
-            place[key] = draw(JSON)
+            place[key] = deepcopy(draw(JSON))  # sampled lists are shared
     raw = json.dumps(value).encode()
     if draw(st.integers(0, 4)) == 0:
         at = draw(st.integers(0, len(raw)))
