@@ -138,9 +138,9 @@ class LLM:
         """
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts is a {type(prompts).__name__}; give a prompt or a list of prompts")
-        prompts = prompts if isinstance(prompts, str | bytes | dict) else list(prompts)
-        alone = _is_prompt(prompts)
-        items: list[Any] = [prompts] if alone else list(prompts)
+        given: Any = prompts if isinstance(prompts, str | bytes | dict) else list(prompts)
+        alone = _is_prompt(given)
+        items: list[Any] = [given] if alone else given
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(items)
         else:
