@@ -236,8 +236,10 @@ def _batch(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from .server import serve
+    from .server import EXTRA, need, serve
 
+    for name in EXTRA:  # before the model is loaded
+        need(name)
     with _open(arguments, **_sizes(arguments)) as llm:
         serve(
             llm, host=arguments.host, port=arguments.port, api_key=arguments.api_key or os.environ.get(API_KEY),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import importlib
 import signal
 import threading
 import time
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from .llm import LLM
 
+EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 DONE = b"data: [DONE]\n\n"
 MAX_DRAIN = 64 << 20  # bytes of an overlong body that are read, and dropped, before the refusal is sent
 RETRY_SECONDS = 1
@@ -52,7 +54,7 @@ def serve(
     served_model_names: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Serve until SIGINT or SIGTERM; requests then have `shutdown_seconds` to finish and are aborted after that."""
-    uvicorn = _need("uvicorn")
+    uvicorn = need("uvicorn")
     app = create_app(
         llm, api_key=api_key, max_body_bytes=max_body_bytes, max_waiting=max_waiting,
         served_model_names=served_model_names,
@@ -80,7 +82,7 @@ def create_app(
     with so many generations waiting for a place in the batch, requests get 429. served_model_names: what a request's
     "model" may be; default: the name that the LLM was opened by, and its last part.
     """
-    fastapi = _need("fastapi")
+    fastapi, _, _ = map(need, EXTRA)
     service = Service(llm, api_key, max_body_bytes, max_waiting, served_names(llm, served_model_names))
 
     @asynccontextmanager
@@ -379,9 +381,8 @@ def _json(value: dict[str, Any], status: int = 200) -> Response:
     return Response(dumps(value), status, headers, media_type="application/json")
 
 
-def _need(name: str) -> Any:
-    import importlib
-
+def need(name: str) -> Any:
+    """A module of the extra; ValueError says how to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
