@@ -1,11 +1,13 @@
 """Attention over live pages only, in plain JAX: the CPU's fast path and the twin of the kernels.
 
-A loop over rows, a loop over blocks of queries (prompts), a loop over that row's live pages, and an online
-softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) in float32. Nothing is gathered and nothing is padded:
-the work follows the tokens that exist. The query heads of a KV head are packed into the rows of one product.
+Loops over live pages (for prompts: of each row, for each block of queries) with an online softmax (Milakov and
+Gimelshein 2018, arXiv 1805.02867) in float32. Nothing is padded to the longest row: the work follows the tokens
+that exist. The query heads of a KV head are packed into the rows of one product.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax import lax
 from .ops import NEG_INF, AttentionSpec, PagedView
 
 QUERY_BLOCK = 128
+PAGES_A_STEP = 8
 
 
 def _block(
@@ -36,10 +39,7 @@ def _block(
         scores = jnp.einsum(form, q, k, preferred_element_type=jnp.float32)
         if spec.softcap is not None:
             scores = spec.softcap * jnp.tanh(scores / spec.softcap)
-        key_positions = index * size + jnp.arange(size, dtype=jnp.int32)
-        seen = key_positions[None, :] <= positions[:, None]
-        if spec.window is not None:
-            seen &= key_positions[None, :] > positions[:, None] - spec.window
+        seen = _seen(index * size + jnp.arange(size, dtype=jnp.int32), positions, spec)
         scores = jnp.where(seen[None], scores, NEG_INF)
         new_top = jnp.maximum(top, scores.max(-1))
         shrink = jnp.exp(top - new_top)
@@ -52,6 +52,18 @@ def _block(
     zeros = jnp.zeros((kv_heads, rows), jnp.float32)
     start = (jnp.zeros((kv_heads, rows, dim), jnp.float32), zeros + NEG_INF, zeros)
     out, top, total = lax.fori_loop(first, last, page, start)
+    return _finish(out, top, total)
+
+
+def _seen(keys: jax.Array, queries: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """Which of the keys at positions i32[...,S] each query at positions i32[...,N] sees: bool[...,N,S]."""
+    keys, queries = keys[..., None, :], queries[..., :, None]
+    seen = keys <= queries
+    return seen if spec.window is None else seen & (keys > queries - spec.window)
+
+
+def _finish(out: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of an online softmax from its weighted sum, its maximum and its sum of weights."""
     lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
     return out / jnp.maximum(total, 1e-30)[..., None], lse
 
@@ -63,23 +75,69 @@ def _first_page(position: jax.Array, size: int, spec: AttentionSpec) -> jax.Arra
     return jnp.maximum(position - spec.window + 1, 0) // size
 
 
+def _worklist(
+    lengths: jax.Array, first: jax.Array, size: int
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
+    """The live pages of all rows, one row after the other: their number, and a function that finds items.
+
+    find(item i32[W]) -> (row, page's place in the row's table, live), each [W]; items past the end are not live.
+    """
+    counts = (lengths + size - 1) // size - first
+    ends = jnp.cumsum(counts)
+
+    def find(item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        live = item < ends[-1]
+        row = (item[:, None] >= ends[None, :]).sum(-1, dtype=jnp.int32)
+        row = jnp.minimum(row, lengths.shape[0] - 1)
+        return row, jnp.where(live, first[row] + item - (ends[row] - counts[row]), 0), live
+
+    return ends[-1], find
+
+
 def rows(q: jax.Array, view: PagedView, *, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-    """The rectangular part: q [B,q,Hq,D]; see `attention.ops`."""
+    """The rectangular part: q [B,q,Hq,D]; see `attention.ops`.
+
+    The loop runs over the live pages of all rows, `PAGES_A_STEP` at a time: a step costs about as much as the
+    arithmetic of one page, so pages share it. Each page gives a partial softmax, merged into its row's.
+    """
     B, n, heads, dim = q.shape
-    kv_heads = view.kv_heads
-    group = heads // kv_heads
-    packed = q.reshape(B, n, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
-    packed = packed.reshape(B, kv_heads, n * group, dim).astype(jnp.float32)
+    kv_heads, size = view.kv_heads, view.page_size
+    group, width = heads // kv_heads, min(PAGES_A_STEP, B)
+    packed = (q.astype(jnp.float32) * spec.scale).reshape(B, n, kv_heads, group, dim)
+    packed = packed.transpose(0, 2, 1, 3, 4).reshape(B, kv_heads, n * group, dim)
     offsets = jnp.repeat(jnp.arange(n, dtype=jnp.int32), group)
+    lengths = view.lengths[:, None]
+    positions = jnp.where(lengths > 0, lengths - n + offsets[None, :], -1)
+    first = _first_page(jnp.maximum(view.lengths - n, 0), size, spec)
+    total, find = _worklist(view.lengths, first, size)
+    form = "whnd,whds->whns" if view.keys_transposed else "whnd,whsd->whns"
 
-    def row(args):
-        q_row, table, length = args
-        positions = jnp.where(length > 0, length - n + offsets, -1)
-        first = _first_page(jnp.maximum(length - n, 0), view.page_size, spec)
-        last = (length + view.page_size - 1) // view.page_size
-        return _block(q_row, positions, table, first, last, view, spec)
+    def step(index, carry):
+        out, top, summed = carry
+        row, page, live = find(index * width + jnp.arange(width, dtype=jnp.int32))
+        where = jnp.where(live, view.table[row, page], 0)
+        k = view.k_pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
+        v = view.v_pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
+        scores = jnp.einsum(form, packed[row], k, preferred_element_type=jnp.float32)
+        if spec.softcap is not None:
+            scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+        seen = _seen(page[:, None] * size + jnp.arange(size, dtype=jnp.int32), positions[row], spec)
+        seen = (seen & live[:, None, None])[:, None]
+        scores = jnp.where(seen, scores, NEG_INF)
+        owns = (row[None, :] == jnp.arange(B, dtype=jnp.int32)[:, None]) & live[None, :]
+        tops = jnp.where(owns[:, :, None, None], scores.max(-1)[None], NEG_INF)
+        new_top = jnp.maximum(top, tops.max(1))
+        shrink = jnp.exp(top - new_top)
+        weights = jnp.where(seen, jnp.exp(scores - new_top[row][..., None]), 0.0)
+        part = jnp.einsum("whns,whsd->whnd", weights, v, preferred_element_type=jnp.float32)
+        share = owns.astype(jnp.float32)
+        out = out * shrink[..., None] + jnp.einsum("bw,whnd->bhnd", share, part)
+        return out, new_top, summed * shrink + jnp.einsum("bw,whn->bhn", share, weights.sum(-1))
 
-    out, lse = lax.map(row, (packed, view.table, view.lengths))
+    zeros = jnp.zeros((B, kv_heads, n * group), jnp.float32)
+    start = (jnp.zeros((*zeros.shape, dim), jnp.float32), zeros + NEG_INF, zeros)
+    out, top, summed = lax.fori_loop(0, (total + width - 1) // width, step, start)
+    out, lse = _finish(out, top, summed)
     out = out.reshape(B, kv_heads, n, group, dim).transpose(0, 2, 1, 3, 4).reshape(B, n, heads, dim)
     lse = lse.reshape(B, kv_heads, n, group).transpose(0, 2, 1, 3).reshape(B, n, heads)
     return out.astype(q.dtype), lse

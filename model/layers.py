@@ -64,11 +64,12 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         scale: float | None = None,
     ):
+        self.platform = numerics.platform
         self.weight = param(rngs, (outputs, inputs), axes, numerics, scale or inputs**-0.5)
         self.bias = param(rngs, (outputs,), (axes[0],), numerics, 0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.weight[...])
+        y = matmul(x, self.weight[...], self.platform)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -106,4 +107,4 @@ class Embedding(nnx.Module):
         return self.weight[...][index].astype(self.numerics.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self.weight[...])
+        return matmul(x, self.weight[...], self.numerics.platform)

@@ -4,6 +4,8 @@ XLA's CPU compiler maps equal products onto very different code, and the form de
 (`docs/performance.md`): a float32 product with bfloat16 weights that are converted first runs on a naive loop,
 5 to 10 times slower than the product of two bfloat16 operands, which is a library call on CPUs with bfloat16
 instructions. So float32 activations are split into three bfloat16 parts, which hold all of float32's 24 bits.
+For a few rows the library copies its second operand into its own layout before it multiplies: the weights must
+stand first, or they are read, written and read again.
 """
 
 from __future__ import annotations
@@ -12,14 +14,22 @@ import jax
 import jax.numpy as jnp
 
 PARTS = 3
+WEIGHTS_FIRST = 128
+"""Up to so many rows the weights are the first operand on CPU; for more the arithmetic hides the copy."""
 
 
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array, platform: str) -> jax.Array:
     """x [..., in], w [out, in] -> [..., out] in x's dtype, accumulated in float32."""
     if x.dtype == jnp.float32 and w.dtype == jnp.bfloat16:
         return _split(x, w)
+    w = w.astype(x.dtype)
+    rows = x.size // x.shape[-1]
+    if platform == "cpu" and 1 < rows <= WEIGHTS_FIRST:
+        y = jax.lax.dot_general(w, x.reshape(rows, -1), (((1,), (1,)), ((), ())))
+        # Without the barrier the compiler swaps the operands back to spare the transposition.
+        return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], w.shape[0])
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, w.astype(x.dtype), contract).astype(x.dtype)
+    return jax.lax.dot_general(x, w, contract).astype(x.dtype)
 
 
 def _split(x: jax.Array, w: jax.Array) -> jax.Array:
