@@ -20,6 +20,7 @@ def measure(llm: LLM, batch: int, prompt_len: int, output_len: int, repeat: int)
 
     def run(tokens: int) -> float:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        llm.reset_prefix_cache()
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start

@@ -32,7 +32,9 @@ class Device:
         self.done: list[Sequence] = []
 
     def step(self) -> Work | None:
+        preemptions = self.scheduler.preemptions
         work = self.scheduler.schedule()
+        assert work is None or self.scheduler.preemptions == preemptions or not work.admitted
         rows = self.run(work) if work else None
         previous, self.in_flight = self.in_flight, rows
         for sequence, epoch, token in previous or ():

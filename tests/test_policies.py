@@ -105,14 +105,13 @@ def test_a_step_looks_at_no_more_sequences_when_more_wait(name, ended):
         ]
         for one in queue:
             device.scheduler.add(one)
-        if ended:
-            for one in queue[10 : waiting - 60]:
-                device.scheduler.finish(one)
         device.step()
+        for one in queue[10 : waiting - 60] if ended else []:
+            device.scheduler.finish(one)
         most = 0
-        for _ in range(25):
+        for _ in range(60):
             Watched.touched = set()
-            device.scheduler.schedule()
+            device.step()
             most = max(most, len(Watched.touched))
         counts.append(most)
     assert counts[1] <= max(2 * counts[0], 16) < 40
@@ -162,8 +161,13 @@ class Reserving(SarathiServe):
         return pages.pages_for(sequence.limit) + owed <= pages.free
 
 
+class Refusing(SarathiServe):
+    def admits(self, sequence, pages, running):
+        return False
+
+
 def test_a_policy_may_keep_room_but_never_stop_everything():
-    for policy, preempts in ((SarathiServe(), True), (Reserving(), False)):
+    for policy, preempts in ((SarathiServe(), True), (Reserving(), False), (Refusing(), False)):
         device = make(policy, num_pages=14)
         sequences = [sequence(8, 40, fill) for fill in range(6)]
         for one in sequences:
@@ -317,9 +321,9 @@ def _service(policy, weights) -> float:
     """The largest difference of two tenants' service over their weights while both wait: one floods."""
     device, draw = make(policy, num_pages=2000, seats=4, budget=32), random.Random(4)
     for number in range(300):
-        device.scheduler.add(sequence(draw.randint(5, 30), draw.randint(5, 30), number, tenant="flood"))
+        device.scheduler.add(sequence(draw.randint(2, 6), draw.randint(20, 30), number, tenant="flood"))
     for number in range(60):
-        device.scheduler.add(sequence(draw.randint(5, 30), draw.randint(5, 30), 500 + number, tenant="b"))
+        device.scheduler.add(sequence(draw.randint(20, 30), draw.randint(1, 4), 500 + number, tenant="b"))
     served, worst = {"flood": 0.0, "b": 0.0}, 0.0
     while any(one.tenant == "b" and one.seat < 0 and not one.finished for one in device_waiting(device)):
         work = device.step()
