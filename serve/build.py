@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..attention.caches.recurrent import RecurrentState
 from ..model import checkpoint
 from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
+from ..model.matmul import fused_is_faster
 from ..model.stacked import abstract_stacked, period_of, stack
 from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
 from .engine import Engine
@@ -23,6 +25,8 @@ from .policies.policy import Policy
 from .programs import BucketPlan, Programs
 from .sampling.sampler import Sampler
 from .snapshots import Snapshots
+from .telemetry.engine import MeasuredEngine
+from .telemetry.recorder import Telemetry
 from .tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,6 +49,7 @@ class Build:
     strict: bool
     prefix_cache: bool | None = None
     policy: Policy | None = None
+    telemetry: Telemetry | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size"):
@@ -164,6 +169,8 @@ def build_engine(
 ) -> tuple[ModelConfig, Engine]:
     """An engine with its programs not yet compiled, and the config it runs."""
     use_compilation_cache()
+    if numerics.platform == "cpu" and numerics.param_dtype == jnp.bfloat16:
+        fused_is_faster()  # measured now: while programs compile in threads, times mean nothing
     length = choose_length(config, build.max_model_len)
     config = with_length(config, length)
     num_pages, page_size = choose_pages(config, build, length, numerics.dtype)
@@ -190,7 +197,8 @@ def build_engine(
         page_size=page_size, width=width, period=period, strict=build.strict,
     )  # fmt: skip
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
-    engine = Engine(
+    make = Engine if build.telemetry is None else partial(MeasuredEngine, telemetry=build.telemetry)
+    engine = make(
         programs, pages, max_model_len=length, vocab_size=config.vocab_size, budget=budget,
         tokenizer=tokenizer, eos_ids=eos, policy=build.policy,
     )  # fmt: skip
