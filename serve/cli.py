@@ -1,4 +1,4 @@
-"""The command line: generate, chat, info, bench, batch, serve."""
+"""The command line: generate, chat, info, bench, batch, serve, watch, timeline."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
     _batch_options(commands)
     _serve_options(commands)
+    _telemetry_options(commands)
     return top
 
 
@@ -104,6 +105,17 @@ def _serve_options(commands: Any) -> None:
         "--shutdown-seconds", type=int, default=30, help="after SIGTERM, requests have so long to finish"
     )
     serve.set_defaults(run=_serve)
+
+
+def _telemetry_options(commands: Any) -> None:
+    watch = commands.add_parser("watch", help="follow a telemetry file: speed, ceilings, what binds")
+    watch.add_argument("path", type=Path, help="what LLM(telemetry=...) writes")
+    watch.add_argument("--once", action="store_true", help="print one view and end")
+    watch.set_defaults(run=_watch)
+    timeline = commands.add_parser("timeline", help="draw a telemetry file (needs tokenloom[plots])")
+    timeline.add_argument("path", type=Path, help="what LLM(telemetry=...) wrote")
+    timeline.add_argument("-o", "--output", type=Path, required=True, help="run.png, .svg or .pdf")
+    timeline.set_defaults(run=_timeline)
 
 
 def _size_options(command: argparse.ArgumentParser) -> None:
@@ -246,6 +258,20 @@ def _serve(arguments: argparse.Namespace) -> int:
             max_body_bytes=arguments.max_body_bytes, max_waiting=arguments.max_waiting,
             shutdown_seconds=arguments.shutdown_seconds, served_model_names=arguments.served_model_name,
         )  # fmt: skip
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from .telemetry.live import watch
+
+    watch(arguments.path, once=arguments.once)
+    return 0
+
+
+def _timeline(arguments: argparse.Namespace) -> int:
+    from .telemetry.timeline import timeline
+
+    timeline(arguments.path).savefig(arguments.output, dpi=120)
     return 0
 
 

@@ -7,6 +7,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +27,9 @@ from .outputs import RequestOutput
 from .policies.policy import Policy
 from .request import Request
 from .sampling.params import SamplingParams
+from .telemetry.engine import MeasuredEngine
+from .telemetry.profile import trace
+from .telemetry.recorder import Telemetry
 from .tokenizer import Tokenizer
 from .weights import Weights, plan_swap
 
@@ -51,6 +55,8 @@ class LLM:
             (finish_reason "length"), whatever their max_tokens, min_tokens or ignore_eos say. None: no such limit.
         max_waiting: sequences that may wait to start (a request brings n). Over it a request is refused with
             `QueueFull`, a ValueError; `generate` and `resume` hold their prompts back instead. None: no limit.
+        telemetry: a file for a line a step: what was moved and computed, how near the device's ceilings that is,
+            and what binds (`serve.telemetry`); a path or a `Telemetry`. None: nothing is measured.
         skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).
 
@@ -63,6 +69,7 @@ class LLM:
         page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True,
         skip_tokenizer_init: bool = False, prefix_cache: bool | None = None,
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
+        telemetry: str | Path | Telemetry | None = None,
     ):  # fmt: skip
         bounds = Bounds(max_output_tokens, max_waiting)
         folder = checkpoint.resolve(model)
@@ -73,7 +80,7 @@ class LLM:
         self.folder: Path | None = folder
         build = Build(
             max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
-            prefix_cache, policy,
+            prefix_cache, policy, Telemetry.of(telemetry),
         )  # fmt: skip
         self._start(str(model), config, numerics, params, tokenizer, build, progress, bounds)
 
@@ -84,6 +91,7 @@ class LLM:
         max_num_batched_tokens: int = 512, num_pages: int | None = None, page_size: int | None = None,
         strict: bool = False, progress: bool = True, prefix_cache: bool | None = None,
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
+        telemetry: str | Path | Telemetry | None = None,
     ) -> Self:  # fmt: skip
         """A model with random weights drawn from `seed`: `config` is a ModelConfig or a config.json's dict."""
         bounds = Bounds(max_output_tokens, max_waiting)
@@ -94,7 +102,7 @@ class LLM:
         self.folder = None
         build = Build(
             max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
-            prefix_cache, policy,
+            prefix_cache, policy, Telemetry.of(telemetry),
         )  # fmt: skip
         params = checkpoint.random_params(config, numerics, seed)
         name = f"{config.model_type} (random)"
@@ -111,6 +119,9 @@ class LLM:
         programs = self.engine.programs
         programs.compile(progress)
         self.engine.scheduler.policy.calibrate(programs.plan.chunks, programs.measure)
+        self.telemetry = build.telemetry
+        if isinstance(self.engine, MeasuredEngine):
+            self.engine.telemetry.start(name, self.config, self.engine)
         self._lock = FairLock()
         self._requests = 0
         self._live: weakref.WeakSet[Request] = weakref.WeakSet()
@@ -287,7 +298,19 @@ class LLM:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                if self.telemetry is not None:
+                    self.telemetry.close()
                 self.engine.programs.close()
+
+    @contextmanager
+    def profile(self, path: str | Path) -> Iterator[None]:
+        """Trace what runs inside into the folder `path`, for TensorBoard or Perfetto: `with llm.profile("trace"):`.
+
+        Programs and their operations carry the names of their steps (decode_B8_..., layer3/mixer/attend, head_8),
+        and each dispatch stands in the host's timeline under its kind. ValueError where tracing cannot work.
+        """
+        with trace(path):
+            yield
 
     def reset_prefix_cache(self) -> None:
         """Forget what was computed before; running requests go on."""

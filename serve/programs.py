@@ -165,22 +165,27 @@ class Programs:
         def x(rows: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype)
 
-        def build(function: Callable, donate: tuple[int, ...], *args: Any) -> Callable[[], Any]:
+        def build(name: str, function: Callable, donate: tuple[int, ...], *args: Any) -> Callable[[], Any]:
+            function = jax.named_scope(name)(function)  # in traces: the program and its operations
+            function.__name__ = name
             return lambda: jax.jit(function, donate_argnums=donate).lower(*args).compile()
 
         jobs: dict[Any, Callable[[], Any]] = {}
         for shape in plan.backbones():
             run = backbone(self.graphdef, shape, self.width, self.page_size, plan.chunks[-1])
             packed = ints((descriptor_size(shape, self.width),))
-            jobs[shape] = build(run, (1,), params, state, sampler_state.last_token, packed)
+            name = f"{shape.kind}_B{shape.B}_q{shape.q}_R{shape.R}_C{shape.C}"
+            jobs[shape] = build(name, run, (1,), params, state, sampler_state.last_token, packed)
         for rows in plan.heads():
             run = head(self.graphdef, self.sampler)
-            jobs["head", rows] = build(run, (1,), params, sampler_state, x(rows), ints((3 * rows,)))
+            jobs["head", rows] = build(
+                f"head_{rows}", run, (1,), params, sampler_state, x(rows), ints((3 * rows,))
+            )
         run, chunk = score(self.graphdef, self.sampler.max_logprobs), plan.chunks[-1]
-        jobs["score"] = build(run, (), params, x(chunk), ints((chunk,)), ints(()))
+        jobs["score"] = build("score", run, (), params, x(chunk), ints((chunk,)), ints(()))
         if self._recurrent(state):
-            jobs["copy"] = build(copy_rows, (0,), self._recurrent(state), ints(()), ints(()))
-        jobs["admit"] = build(self.sampler.admit, (0,), sampler_state, ints(()), row)
+            jobs["copy"] = build("copy", copy_rows, (0,), self._recurrent(state), ints(()), ints(()))
+        jobs["admit"] = build("admit", self.sampler.admit, (0,), sampler_state, ints(()), row)
         return jobs
 
     def _hidden(self, params: Any) -> jax.Array:
@@ -212,13 +217,14 @@ class Programs:
 
     def step(self, shape: Shape, packed: np.ndarray) -> tuple[Sampled, jax.Array]:
         """Dispatch the two programs of a step; nothing waits. Returns (Sampled, prompt x [C,E])."""
-        x, prompt_x, self.state = self.compiled[shape](
-            self.params, self.state, self.sampler_state.last_token, packed
-        )
-        meta = packed[: 3 * shape.rows]
-        sampled, self.sampler_state = self.compiled["head", shape.rows](
-            self.params, self.sampler_state, x, meta
-        )
+        with jax.profiler.TraceAnnotation(shape.kind):
+            x, prompt_x, self.state = self.compiled[shape](
+                self.params, self.state, self.sampler_state.last_token, packed
+            )
+            meta = packed[: 3 * shape.rows]
+            sampled, self.sampler_state = self.compiled["head", shape.rows](
+                self.params, self.sampler_state, x, meta
+            )
         return sampled, prompt_x
 
     def measure(self, chunk: int, repeats: int = 3) -> float:
