@@ -1,4 +1,5 @@
-"""Engine tokens/s over bare: what the host costs. Bare is backbone + head dispatched back to back.
+"""Engine tokens/s over bare: what the host costs, without telemetry and with it. Bare is backbone + head dispatched
+back to back. The prefix cache is on, and text is made where there is a tokenizer.
 
 python benchmarks/overhead.py
 """
@@ -6,8 +7,10 @@ python benchmarks/overhead.py
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from common import LLAMA_125M, interleaved, require_quiet, table
@@ -15,6 +18,10 @@ from tokenloom import LLM, SamplingParams
 from tokenloom.attention.batch import Shape, pack
 
 CONTEXT = 64
+
+
+def make(name: str, sizes: dict[str, Any]) -> LLM:
+    return LLM("demo", **sizes) if name == "demo" else LLM.from_config(LLAMA_125M, **sizes)
 
 
 def engine(llm: LLM, batch: int, steps: int) -> Callable[[], float]:
@@ -62,18 +69,26 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--models", nargs="+", default=["demo", "125M"])
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     require_quiet()
-    rows = [("model", "batch", "engine ms", "bare ms", "engine tokens/s over bare")]
+    rows = [("model", "batch", "bare ms", "engine ms", "over bare", "with telemetry ms", "over bare")]
     for name in arguments.models:
         for batch in (1, 8):
             sizes = dict(max_num_seqs=batch, max_model_len=512, max_num_batched_tokens=256, progress=False)
-            llm = LLM("demo", **sizes) if name == "demo" else LLM.from_config(LLAMA_125M, **sizes)
             steps = arguments.steps
-            times = interleaved({"engine": engine(llm, batch, steps), "bare": bare(llm, batch, steps)})
-            e, b = times["engine"], times["bare"]
-            rows.append((name, str(batch), f"{e * 1e3:.3f}", f"{b * 1e3:.3f}", f"{b / e:.3f}"))
-            llm.close()
+            with tempfile.TemporaryDirectory() as folder:
+                plain, measured = make(name, sizes), make(name, {**sizes, "telemetry": f"{folder}/run.jsonl"})
+                contenders = {
+                    "engine": engine(plain, batch, steps), "telemetry": engine(measured, batch, steps),
+                    "bare": bare(plain, batch, steps),
+                }  # fmt: skip
+                times = interleaved(contenders, arguments.rounds)
+                plain.close()
+                measured.close()
+            b, e, t = times["bare"], times["engine"], times["telemetry"]
+            ms = [f"{1e3 * seconds:.3f}" for seconds in (b, e, t)]
+            rows.append((name, str(batch), ms[0], ms[1], f"{b / e:.3f}", ms[2], f"{b / t:.3f}"))
     print(table(rows))
     require_quiet()
 

@@ -32,7 +32,8 @@ class Step(NamedTuple):
     step_s          from the end of the step before (or from its own dispatch after a rest) to its end
     device_s        the part of it in which the device had this step to do; host_gap_s: the rest, in which it
                     waited for the host
-    bandwidth_share, compute_share           of the measured ceilings, over step_s
+    bandwidth_share, compute_share           of the measured ceilings, over step_s; 0 where step_s is, which
+                    happens when the host wakes late and finds two steps done: their sum is right
     bound           what binds (`bound`)
     """
 
@@ -102,9 +103,8 @@ class Totals:
     waste: float = 0.0
     bound_s: dict[str, float] = field(default_factory=dict)
 
-    def add(self, step: Step) -> None:
-        """Take in a step; the shares stay the means over time."""
-        before = self.step_s
+    def add(self, step: Step, run: Run) -> None:
+        """Take in a step of `run`."""
         self.steps += 1
         self.decodes += step.decodes
         self.prompt_tokens += step.prompt_tokens
@@ -117,18 +117,16 @@ class Totals:
         self.device_s += step.device_s
         self.host_gap_s += step.host_gap_s
         if self.step_s > 0:
-            new = step.step_s / self.step_s
-            old = before / self.step_s
-            self.bandwidth_share = self.bandwidth_share * old + step.bandwidth_share * new
-            self.compute_share = self.compute_share * old + step.compute_share * new
+            self.bandwidth_share = self.bytes / run.bandwidth / self.step_s
+            self.compute_share = self.flops / run.compute / self.step_s
         self.waste = 1 - self.tokens / self.padded_tokens
         self.bound_s[step.bound] = self.bound_s.get(step.bound, 0.0) + step.step_s
 
     @staticmethod
-    def of(steps: list[Step]) -> Totals:
+    def of(steps: list[Step], run: Run) -> Totals:
         totals = Totals()
         for step in steps:
-            totals.add(step)
+            totals.add(step, run)
         return totals
 
     @property

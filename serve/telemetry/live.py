@@ -45,7 +45,7 @@ def view(records: list[Record], now: float | None = None) -> RenderableType:
     if not steps:
         return Panel(Text("no step yet"), title=title)
     last, window = steps[-1], recent(steps)
-    sums = Totals.of(window)
+    sums = Totals.of(window, run)
     quiet = 0.0 if now is None else now - last.time - last.step_s
     state = (
         "closed" if record.summary else f"quiet for {quiet:.0f} s" if quiet > WINDOW_SECONDS else "running"
