@@ -26,7 +26,7 @@ def tokenloom(dtype: str, batch: int) -> Callable[[], float]:
     """ms a decode step: the time of OUTPUT tokens less that of one."""
     llm = LLM(
         checkpoint(), dtype=dtype, max_num_seqs=batch, max_model_len=512, progress=False,
-        skip_tokenizer_init=True, max_num_batched_tokens=256,
+        skip_tokenizer_init=True, max_num_batched_tokens=256, prefix_cache=False,
     )  # fmt: skip
     prompts = prompt_ids(batch).tolist()
 

@@ -1,9 +1,10 @@
-"""64 requests of mixed lengths against transformers' static batching, one run, same weights.
+"""64 requests of mixed lengths against transformers' static and continuous batching, one run, same weights.
 
-    python benchmarks/mixed.py [--requests 64]
+    python benchmarks/mixed.py [--requests 64] [--seats 32]
 
-Static batching: batches of 8 in order of arrival, left-padded, each running until its longest output is done.
-Every request generates exactly its own number of tokens (end tokens are ignored).
+Static batching: batches in order of arrival, left-padded, each running until its longest output is done, in sizes
+of 8 and of all seats. Continuous batching: transformers' own, as many requests at once as we take. Every request
+generates exactly its own number of tokens (end tokens are ignored).
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from common import LLAMA_125M, checkpoint, interleaved, read_bandwidth, require_quiet, table
+from common import LLAMA_125M, checkpoint, read_bandwidth, require_quiet, table
 from tokenloom import LLM, SamplingParams
-
-SEATS = 8
 
 
 def requests(count: int) -> tuple[list[list[int]], list[int]]:
@@ -25,10 +24,10 @@ def requests(count: int) -> tuple[list[list[int]], list[int]]:
     return prompts, draw.integers(8, 129, count).tolist()
 
 
-def tokenloom(prompts: list[list[int]], outputs: list[int]) -> Callable[[], float]:
+def tokenloom(prompts: list[list[int]], outputs: list[int], seats: int) -> Callable[[], float]:
     llm = LLM(
-        checkpoint(), max_num_seqs=SEATS, max_model_len=512, progress=False, skip_tokenizer_init=True,
-        max_num_batched_tokens=512,
+        checkpoint(), max_num_seqs=seats, max_model_len=512, progress=False, skip_tokenizer_init=True,
+        max_num_batched_tokens=512, prefix_cache=False,
     )  # fmt: skip
     params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in outputs]
 
@@ -40,7 +39,7 @@ def tokenloom(prompts: list[list[int]], outputs: list[int]) -> Callable[[], floa
     return run
 
 
-def static(prompts: list[list[int]], outputs: list[int]) -> Callable[[], float]:
+def static(prompts: list[list[int]], outputs: list[int], size: int) -> Callable[[], float]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -48,8 +47,8 @@ def static(prompts: list[list[int]], outputs: list[int]) -> Callable[[], float]:
 
     def run() -> float:
         start = time.perf_counter()
-        for at in range(0, len(prompts), SEATS):
-            group, tokens = prompts[at : at + SEATS], max(outputs[at : at + SEATS])
+        for at in range(0, len(prompts), size):
+            group, tokens = prompts[at : at + size], max(outputs[at : at + size])
             width = max(map(len, group))
             ids = torch.tensor([[0] * (width - len(p)) + p for p in group])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group])
@@ -63,23 +62,60 @@ def static(prompts: list[list[int]], outputs: list[int]) -> Callable[[], float]:
     return run
 
 
+def continuous(prompts: list[list[int]], outputs: list[int], seats: int) -> Callable[[], float]:
+    import torch
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint(), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(outputs))
+    # The pool: room for every seat at full length, as ours has.
+    settings = ContinuousBatchingConfig(block_size=32, num_blocks=seats * 16, max_batch_tokens=512)
+
+    def run() -> float:
+        start, done = time.perf_counter(), 0
+        with model.continuous_batching_context_manager(
+            generation_config=generation, continuous_batching_config=settings
+        ) as manager:
+            for prompt, count in zip(prompts, outputs):
+                manager.add_request(prompt, max_new_tokens=count, eos_token_id=-1)
+            while done < len(prompts):
+                result = manager.get_result(timeout=60)
+                if result is None:
+                    raise RuntimeError("transformers' continuous batching stopped")
+                done += 1
+        return time.perf_counter() - start
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seats", type=int, default=32, help="sequences at once")
+    parser.add_argument("--only", nargs="+", default=["static", "continuous"])
     arguments = parser.parse_args()
     require_quiet()
     print(f"read bandwidth {read_bandwidth():.1f} GB/s")
     prompts, outputs = requests(arguments.requests)
-    contenders = {
-        "tokenloom": tokenloom(prompts, outputs),
-        "transformers, static batches of 8": static(prompts, outputs),
-    }
-    times = interleaved(contenders, arguments.rounds)
+    seats = arguments.seats
+    contenders = {f"tokenloom, {seats} seats": tokenloom(prompts, outputs, seats)}
+    ours = next(iter(contenders))
+    if "static" in arguments.only:
+        for size in sorted({8, seats}):
+            contenders[f"transformers, static batches of {size}"] = static(prompts, outputs, size)
+    if "continuous" in arguments.only:
+        contenders["transformers, continuous batching"] = continuous(prompts, outputs, seats)
+    times = dict.fromkeys(contenders, float("inf"))
+    for _ in range(arguments.rounds):  # our programs are compiled already, transformers has nothing to warm up
+        for name, run in contenders.items():
+            times[name] = min(times[name], run())
     total = sum(outputs)
     rows = [(f"{len(prompts)} requests", "s", "output tokens/s", "time / tokenloom")]
     for name, value in times.items():
-        rows.append((name, f"{value:.2f}", f"{total / value:.1f}", f"{value / times['tokenloom']:.2f}"))
+        rows.append((name, f"{value:.2f}", f"{total / value:.1f}", f"{value / times[ours]:.2f}"))
     print(table(rows))
     require_quiet()
 
