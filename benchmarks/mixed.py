@@ -109,7 +109,9 @@ def main() -> None:
     if "continuous" in arguments.only:
         contenders["transformers, continuous batching"] = continuous(prompts, outputs, seats)
     times = dict.fromkeys(contenders, float("inf"))
-    for _ in range(arguments.rounds):  # our programs are compiled already, transformers has nothing to warm up
+    for _ in range(
+        arguments.rounds
+    ):  # our programs are compiled already, transformers has nothing to warm up
         for name, run in contenders.items():
             times[name] = min(times[name], run())
     total = sum(outputs)
