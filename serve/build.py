@@ -50,6 +50,7 @@ class Build:
     prefix_cache: bool | None = None
     policy: Policy | None = None
     telemetry: Telemetry | None = None
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size"):
@@ -200,7 +201,7 @@ def build_engine(
     make = Engine if build.telemetry is None else partial(MeasuredEngine, telemetry=build.telemetry)
     engine = make(
         programs, pages, max_model_len=length, vocab_size=config.vocab_size, budget=budget,
-        tokenizer=tokenizer, eos_ids=eos, policy=build.policy,
+        tokenizer=tokenizer, eos_ids=eos, policy=build.policy, overlap=build.overlap is not False,
     )  # fmt: skip
     return config, engine
 

@@ -43,9 +43,9 @@ class Engine:
     def __init__(
         self, programs: Programs, pages: PageAllocator, *, max_model_len: int, vocab_size: int,
         budget: int, tokenizer: Tokenizer | None = None, eos_ids: Iterable[int] = (),
-        bounds: Bounds = Bounds(), policy: Policy | None = None,
+        bounds: Bounds = Bounds(), policy: Policy | None = None, overlap: bool = True,
     ):  # fmt: skip
-        plan = programs.plan
+        plan, self.overlap = programs.plan, overlap
         self.programs, self.pages, self.tokenizer = programs, pages, tokenizer
         self.scheduler = Scheduler(
             pages, max_num_seqs=plan.max_num_seqs, budget=budget, prompt_rows=plan.prompt_rows, policy=policy
@@ -103,7 +103,7 @@ class Engine:
             if sample.finish_reason is None:
                 sample.finish_reason = reason
                 sample.close()
-                self.scheduler.finish(sample.sequence)
+                self.scheduler.finish(sample.sequence, complete=False)
                 request.metrics.finished_time = time()
                 self.reported.append(sample)
 
@@ -126,15 +126,15 @@ class Engine:
         return self.scheduler.busy or self.in_flight is not None
 
     def step(self) -> list[Sample]:
-        """Schedule and dispatch one step, then read the previous one; returns the samples that advanced or
-        ended since the last call."""
+        """Schedule and dispatch one step, then read the previous one (without `overlap` that same one); returns
+        the samples that advanced or ended since the last call."""
         if self.broken is not None:
             raise RuntimeError(self.broken)
         with self.programs.watch():
             self.settle()
             work = self.scheduler.schedule()
             launched = None if work is None else self.launch(work)
-            previous, self.in_flight = self.in_flight, launched
+            previous, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
             advanced = [] if previous is None else self.postprocess(previous)
             reported, self.reported = self.reported, []
             return reported + advanced

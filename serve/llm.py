@@ -57,6 +57,8 @@ class LLM:
             `QueueFull`, a ValueError; `generate` and `resume` hold their prompts back instead. None: no limit.
         telemetry: a file for a line a step: what was moved and computed, how near the device's ceilings that is,
             and what binds (`serve.telemetry`); a path or a `Telemetry`. None: nothing is measured.
+        overlap: read each step while the device runs the next one; None: on. False reads every step at once, which
+            is slower and generates the same.
         skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).
 
@@ -69,7 +71,7 @@ class LLM:
         page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True,
         skip_tokenizer_init: bool = False, prefix_cache: bool | None = None,
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
-        telemetry: str | Path | Telemetry | None = None,
+        telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
     ):  # fmt: skip
         bounds = Bounds(max_output_tokens, max_waiting)
         folder = checkpoint.resolve(model)
@@ -80,7 +82,7 @@ class LLM:
         self.folder: Path | None = folder
         build = Build(
             max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
-            prefix_cache, policy, Telemetry.of(telemetry),
+            prefix_cache, policy, Telemetry.of(telemetry), overlap,
         )  # fmt: skip
         self._start(str(model), config, numerics, params, tokenizer, build, progress, bounds)
 
@@ -91,7 +93,7 @@ class LLM:
         max_num_batched_tokens: int = 512, num_pages: int | None = None, page_size: int | None = None,
         strict: bool = False, progress: bool = True, prefix_cache: bool | None = None,
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
-        telemetry: str | Path | Telemetry | None = None,
+        telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
     ) -> Self:  # fmt: skip
         """A model with random weights drawn from `seed`: `config` is a ModelConfig or a config.json's dict."""
         bounds = Bounds(max_output_tokens, max_waiting)
@@ -102,7 +104,7 @@ class LLM:
         self.folder = None
         build = Build(
             max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
-            prefix_cache, policy, Telemetry.of(telemetry),
+            prefix_cache, policy, Telemetry.of(telemetry), overlap,
         )  # fmt: skip
         params = checkpoint.random_params(config, numerics, seed)
         name = f"{config.model_type} (random)"
