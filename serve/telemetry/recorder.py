@@ -120,8 +120,8 @@ class Telemetry:
 
     def write(self, flush: bool = False) -> None:
         """Make the lines of the steps that were read; they reach the file within `flush_seconds`, or now."""
-        assert self.run is not None or not self._pending
         for flight in self._pending:
+            assert self.run is not None
             step = self._step(flight)
             self.totals.add(step, self.run)
             self._file.write(step_line(step))
