@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
+    from .serve.policies.batch_llm import BatchLLM
     from .serve.policies.fair import Fair
     from .serve.policies.prefill_first import PrefillFirst
     from .serve.policies.priority import Priority
@@ -28,11 +29,13 @@ _HOMES = {
     "PrefillFirst": "serve.policies.prefill_first",
     "Priority": "serve.policies.priority",
     "Fair": "serve.policies.fair",
+    "BatchLLM": "serve.policies.batch_llm",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "BatchLLM",
     "CompletionOutput",
     "Fair",
     "PrefillFirst",

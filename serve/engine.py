@@ -103,7 +103,7 @@ class Engine:
             if sample.finish_reason is None:
                 sample.finish_reason = reason
                 sample.close()
-                self.scheduler.finish(sample.sequence)
+                self.scheduler.finish(sample.sequence, complete=False)
                 request.metrics.finished_time = time()
                 self.reported.append(sample)
 

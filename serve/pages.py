@@ -113,6 +113,13 @@ class PageAllocator:
             else:
                 self._blank.append(page)
 
+    def expire(self, keys: Sequence[bytes]) -> None:
+        """Evict these blocks before all others, the last one first; not while somebody owns them."""
+        for key in keys:
+            page = self._page_of.get(key, NULL_PAGE)
+            if page in self._idle:
+                self._idle.move_to_end(page, last=False)
+
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
         del self._page_of[self._key_of.pop(page)]
@@ -131,6 +138,12 @@ class PageAllocator:
                 break
             hits.append(page)
         return hits
+
+    def cost(self, chain: Chain, tokens: Sequence[int], lookup: bool = True) -> int:
+        """Free pages that a sequence of `tokens` would take: a cached page with an owner costs none."""
+        self.renew(chain)
+        hits = self.lookup(chain, tokens) if lookup else []
+        return self.pages_for(len(tokens)) - sum(self._owners[page] > 0 for page in hits)
 
     def register(self, pages: list[int], chain: Chain, tokens: Sequence[int], stored: int) -> None:
         """Offer the full pages of a sequence, of whose known `tokens` the scheduled steps store `stored`.

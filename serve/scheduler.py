@@ -89,6 +89,7 @@ class Scheduler:
         policy = SarathiServe() if policy is None else policy
         if policy.owner is not None:
             raise ValueError(f"this {type(policy).__name__} serves another engine already; make one for each")
+        policy.suits(pages)
         policy.owner, budget = self, policy.budget(budget)
         if budget < max_num_seqs + 1:
             raise ValueError(
@@ -215,9 +216,9 @@ class Scheduler:
         self.policy.requeue(sequence)
         self.preemptions += 1
 
-    def finish(self, sequence: Sequence) -> None:
-        """A running or waiting sequence ends. A step in flight may still write its pages: the device runs in
-        order, so their next owner's tokens come later."""
+    def finish(self, sequence: Sequence, complete: bool = True) -> None:
+        """A running or waiting sequence ends (not `complete`: it is cut short). A step in flight may still write
+        its pages: the device runs in order, so their next owner's tokens come later."""
         if sequence.finished:
             return
         sequence.finished = True
@@ -225,6 +226,7 @@ class Scheduler:
             self._leave(sequence)
         else:
             self.policy.discard(sequence)
+        self.policy.ended(sequence, complete)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

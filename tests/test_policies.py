@@ -9,7 +9,7 @@ import pytest
 import tokenloom
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenloom import LLM, Fair, PrefillFirst, Priority, SarathiServe, SplitFuse
+from tokenloom import LLM, BatchLLM, Fair, PrefillFirst, Priority, SarathiServe, SplitFuse
 from tokenloom.serve.pages import PageAllocator
 from tokenloom.serve.scheduler import Scheduler, Sequence
 from tokenloom.serve.snapshots import Snapshots
@@ -23,6 +23,7 @@ MAKERS = {
     "prefill_first": PrefillFirst,
     "priority": lambda: Priority(aging=20),
     "fair": lambda: Fair({"a": 3.0}),
+    "batch_llm": BatchLLM,
 }
 POLICIES = pytest.mark.parametrize("name", sorted(MAKERS))
 HOME = Path(tokenloom.__file__).resolve().parent / "serve" / "policies"

@@ -42,6 +42,7 @@ class Fair(Policy):
         ] = []  # an entry a waiting tenant; counters may have risen
         self._waiting = self._order = 0
         self._last: str | None = None
+        self._many = 64
 
     def __len__(self) -> int:
         return self._waiting
@@ -51,6 +52,7 @@ class Fair(Policy):
         if tenant not in self._queues:
             first = self.peek()
             floor = self.served.get(self._last if first is None else first.tenant, 0.0)
+            self._forget(floor)
             self.served[tenant] = max(self.served.get(tenant, 0.0), floor)
         self._queue(tenant).add(sequence)
 
@@ -80,6 +82,16 @@ class Fair(Policy):
     def charge(self, sequence: Sequence, prompt: int, output: int) -> None:
         cost = self.input_cost * prompt + self.output_cost * output
         self.served[sequence.tenant] += cost / self.weights.get(sequence.tenant or "", 1.0)
+
+    def _forget(self, floor: float) -> None:
+        """Drop tenants that neither wait nor run and have been passed by the floor: were they to come back, they
+        would be lifted to it. Done when they have doubled, so a tenant costs O(1)."""
+        if len(self.served) < self._many:
+            return
+        running = self.owner.running if self.owner is not None else ()
+        kept = {*self._queues, self._last, *(sequence.tenant for sequence in running)}
+        self.served = {one: cost for one, cost in self.served.items() if cost > floor or one in kept}
+        self._many = max(64, 2 * len(self.served))
 
     def _queue(self, tenant: str | None) -> FirstCome:
         """The queue that one more sequence of `tenant` joins."""

@@ -78,6 +78,14 @@ class Policy(ABC):
         """The sequence was given the computation of so many tokens (recomputed and cached ones do not count)."""
         del sequence, prompt, output
 
+    def ended(self, sequence: Sequence, complete: bool) -> None:
+        """A sequence ended, running or waiting, and left its pages; not `complete`: somebody cut it short."""
+        del sequence, complete
+
+    def suits(self, pages: PageAllocator) -> None:
+        """Called once, before anything: ValueError when the policy cannot work with these pages."""
+        del pages
+
     def calibrate(self, chunks: Row[int], measure: Callable[[int], float]) -> None:
         """Called once, after warm-up: the compiled chunk sizes, smallest first, and the seconds of a step that
         carries one beside decodes at full width."""
