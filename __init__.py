@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .serve.bounds import QueueFull
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
     from .serve.policies.batch_llm import BatchLLM
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .serve.policies.priority import Priority
     from .serve.policies.sarathi import SarathiServe
     from .serve.policies.split_fuse import SplitFuse
+    from .serve.repetition import RepetitionDetectionParams
     from .serve.sampling.params import SamplingParams
 
 _HOMES = {
@@ -24,6 +26,8 @@ _HOMES = {
     "SamplingParams": "serve.sampling.params",
     "RequestOutput": "serve.outputs",
     "CompletionOutput": "serve.outputs",
+    "RepetitionDetectionParams": "serve.repetition",
+    "QueueFull": "serve.bounds",
     "SarathiServe": "serve.policies.sarathi",
     "SplitFuse": "serve.policies.split_fuse",
     "PrefillFirst": "serve.policies.prefill_first",
@@ -40,6 +44,8 @@ __all__ = [
     "Fair",
     "PrefillFirst",
     "Priority",
+    "QueueFull",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "SamplingParams",
     "SarathiServe",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +26,7 @@ from .outputs import RequestOutput
 from .policies.policy import Policy
 from .request import Request
 from .sampling.params import SamplingParams
+from .stream import Stream
 from .telemetry.engine import MeasuredEngine
 from .telemetry.profile import trace
 from .telemetry.recorder import Telemetry
@@ -475,56 +475,6 @@ class LLM:
             for request in requests:
                 request.cancelled = True  # also if it is held back still
                 self.engine.abort(request)
-
-
-class Stream:
-    """An iterator and an async iterator over pieces of one generation's text."""
-
-    def __init__(self, llm: LLM, request: Request):
-        self._llm, self._request, self._shown = llm, request, 0
-
-    @property
-    def output(self) -> RequestOutput:
-        return self._request.output()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        sample = self._request.samples[0]
-        with deferred_interrupt() as interrupted:
-            while True:
-                with self._llm._lock:
-                    done = sample.finish_reason is not None
-                    piece = sample.text[self._shown :]
-                    if piece or done:
-                        break
-                    self._llm.engine.step()
-                if interrupted():
-                    self.close()
-                    raise KeyboardInterrupt
-        if not piece:
-            raise StopIteration
-        self._shown += len(piece)
-        return piece
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
-
-    async def __anext__(self) -> str:
-        piece = await asyncio.to_thread(next, self, None)
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
-
-    def close(self) -> None:
-        """Stop generating."""
-        if not self._llm._closed:
-            self._llm._abort([self._request])
-
-    def __del__(self) -> None:
-        # Garbage is collected anywhere, in the midst of a step too: the next step ends the request.
-        self._llm.engine.cancelled.append(self._request)
 
 
 def _is_prompt(prompts: Any) -> bool:

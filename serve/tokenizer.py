@@ -172,7 +172,10 @@ class Tokenizer:
         return piece.encode() if isinstance(piece, str) else piece
 
     def token_text(self, token_id: int) -> str:
-        """`token_bytes` as text, U+FFFD for what is not UTF-8: how log-probabilities show a token."""
+        """`token_bytes` as text, U+FFFD for what is not UTF-8: how log-probabilities show a token. Empty for an id
+        that only the weights know: vocabularies are padded there to round sizes."""
+        if self.backend.id_to_token(token_id) is None:
+            return ""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def __repr__(self) -> str:
