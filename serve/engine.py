@@ -143,6 +143,8 @@ class Engine:
         """Dispatch a step's two programs, and the prompt scores if someone asked."""
         for sequence in work.admitted:
             self.programs.admit(sequence.seat, self._sampler_row(sequence.owner))
+            metrics = sequence.owner.request.metrics
+            metrics.first_scheduled_time = metrics.first_scheduled_time or time()
         shape, packed, rows = self._pack(work)
         for slot, seat in work.loads:
             self.programs.copy(self.programs.plan.max_num_seqs + slot, seat)
@@ -255,7 +257,7 @@ class Engine:
                 entry = make_logprobs(self.tokenizer, token, details, row, count)
             sample.accept(token, entry, self.weight_version)
             metrics = sample.request.metrics
-            metrics.first_token_time = metrics.first_token_time or now
+            metrics.first_token_time, metrics.last_token_time = metrics.first_token_time or now, now
             if sample.finish_reason is not None:
                 self.scheduler.finish(sequence)
                 if sample.request.finished:

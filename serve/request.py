@@ -54,6 +54,7 @@ class Request:
 
     def output(self) -> RequestOutput:
         """What the user sees now; final when `finished`."""
+        self.metrics.preemptions = sum(sample.sequence.epoch for sample in self.samples)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
