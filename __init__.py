@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
     from .serve.policies.batch_llm import BatchLLM
+    from .serve.policies.castillo import Castillo
     from .serve.policies.fair import Fair
     from .serve.policies.prefill_first import PrefillFirst
     from .serve.policies.priority import Priority
@@ -34,12 +35,14 @@ _HOMES = {
     "Priority": "serve.policies.priority",
     "Fair": "serve.policies.fair",
     "BatchLLM": "serve.policies.batch_llm",
+    "Castillo": "serve.policies.castillo",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "BatchLLM",
+    "Castillo",
     "CompletionOutput",
     "Fair",
     "PrefillFirst",

@@ -6,14 +6,16 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenloom import LLM, BatchLLM, SarathiServe
+from tokenloom import LLM, BatchLLM, Castillo, SarathiServe
 from tokenloom.serve.chain import Chain
 from tokenloom.serve.pages import PageAllocator
 from tokenloom.serve.policies.batch_llm import Node, PrefixTree
+from tokenloom.serve.policies.castillo import Empirical, Survival
 from tokenloom.serve.scheduler import Scheduler, Sequence
 from tokenloom.tests.device import Device
 from tokenloom.tests.engines import ROOMY
 from tokenloom.tests.shapes import llama
+from tokenloom.tests.simulated import Reserving, simulate
 
 
 def sequences(texts, output: int = 4) -> list[Sequence]:
@@ -226,3 +228,152 @@ def test_without_a_prefix_cache_it_is_refused():
         LLM.from_config(llama(), progress=False, prefix_cache=False, policy=BatchLLM(), **ROOMY)
     with pytest.raises(ValueError, match="threshold=0 must be a share"):
         BatchLLM(threshold=0)
+
+
+# -- Castillo ----------------------------------------------------------------------------------------------
+
+
+class Constant:
+    """Everyone writes as much."""
+
+    def remaining(self, sequence, written, most):
+        return float(min(20, most)), 0.0
+
+    def learn(self, sequence, written, complete):
+        pass
+
+
+class Oracle(Constant):
+    """Knows what `simulate` will let a sequence write."""
+
+    def remaining(self, sequence, written, most):
+        return float(min(sequence.owner - written, most)), 0.0
+
+
+def outputs(count: int, seed: int, most: int = 120) -> list[Sequence]:
+    """Requests whose true lengths (`owner`) are exponential, with mean 30, under a max_tokens of `most`."""
+    draw, found = random.Random(seed), []
+    for number in range(count):
+        prompt = [number] * draw.randint(4, 20)
+        found.append(Sequence(prompt, len(prompt) + most, owner=min(1 + int(draw.expovariate(1 / 30)), most)))
+    return found
+
+
+def scheduler(policy, num_pages: int = 500, seats: int = 4) -> Scheduler:
+    return Scheduler(PageAllocator(num_pages, 4), max_num_seqs=seats, budget=32, prompt_rows=4, policy=policy)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=30),
+    st.integers(0, 12), st.integers(1, 14), st.sampled_from([0.0, 1.0]),
+)  # fmt: skip
+def test_survival_is_kaplan_and_meier_s(ended, written, most, prior):
+    survival = Survival(prior)
+    for length, complete in ended:
+        survival.learn(length, complete)
+    share = [1.0]  # P(Y > t), from the definition
+    for t in range(1, 40):
+        risk = prior + sum(length >= t for length, _ in ended)
+        dead = sum(length == t and complete for length, complete in ended)
+        share.append(share[-1] * (1 - dead / risk) if dead else share[-1])
+    if share[written] < 1e-12:
+        assert survival.moments(written, most) == (most, 0.0)
+        return
+    left = [share[written + x] / share[written] for x in range(most + 1)]
+    mean = sum(left[:most])
+    square = sum((2 * x + 1) * left[x] for x in range(most))
+    got = survival.moments(written, most)
+    assert got == pytest.approx((mean, max(square - mean * mean, 0)), abs=1e-6)
+    assert survival.beyond(written, most) == pytest.approx(left[most], abs=1e-9)
+    half = survival.quantile(0.5, written)
+    if half <= most:
+        assert left[half] <= 0.5 + 1e-9 and (half == 0 or left[half - 1] > 0.5 - 1e-9)
+
+
+def test_without_data_everyone_uses_all_and_groups_are_told_apart():
+    lengths = Empirical(enough=4)
+    short, long = Sequence([1], 99, tenant="a"), Sequence([1], 99, tenant="b")
+    assert lengths.remaining(short, 0, 50) == (50.0, 0.0)
+    for _ in range(32):
+        lengths.learn(short, 5, True)
+        lengths.learn(long, 40, True)
+    assert lengths.remaining(short, 0, 50)[0] < 7 < 35 < lengths.remaining(long, 0, 50)[0]
+    new = Sequence([1], 99, tenant="c")
+    assert lengths.remaining(new, 0, 50)[0] == pytest.approx(22.5, abs=1)
+    assert lengths.remaining(new, 10, 50)[0] > 29, "who wrote 10 tokens is one of the long ones"
+
+
+def test_a_constant_predictor_is_first_come_step_by_step():
+    works = []
+    for policy in (SarathiServe(), Castillo(distribution=Constant(), shortest_first=True)):
+        works.append(simulate(scheduler(policy), outputs(60, 1)).started)
+    assert works[0] == works[1]
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9, 0.98])
+@pytest.mark.parametrize("page", [1, 8])
+def test_what_is_reserved_overflows_as_often_as_it_says(quantile, page):
+    draw = random.Random(7)
+
+    def length() -> int:
+        return 1 + int(draw.expovariate(1 / 60))
+
+    known = Empirical(prior=0.0)
+    for _ in range(32 * 200):
+        known.learn(Sequence([1], 2), length(), True)
+    policy, trials, over = Castillo(quantile, known), 1500, 0
+    for _ in range(trials):
+        running, grown = [], 0
+        while len(running) < 40:
+            written, total = draw.randrange(40), length()
+            if total <= written:
+                continue
+            one = Sequence([1] * (draw.randint(1, 30)), 4000)
+            policy.add(one)
+            one.tokens += [1] * written
+            running.append(one)
+            grown += -(-(one.known + total - written) // page) - -(-one.known // page)
+        over += grown > policy.reserve(running, page)
+    expected = 1 - quantile
+    # Three times the sampling error, and the skew of a sum of 40 that the normal law leaves out.
+    assert abs(over / trials - expected) <= 3 * (expected * (1 - expected) / trials) ** 0.5 + 0.025
+
+
+def test_an_oracle_s_shortest_first_lowers_the_mean_latency():
+    latencies = []
+    for policy in (SarathiServe(), Castillo(distribution=Oracle(), shortest_first=True, aging=0.001)):
+        latencies.append(simulate(scheduler(policy), outputs(120, 2)).mean_latency)
+    assert latencies[1] < 0.8 * latencies[0]
+
+
+def test_aging_bounds_who_overtakes():
+    """Expected lengths differ by 99 tokens at most, and a later arrival weighs 3: at most 33 overtake."""
+    long = Sequence([1] * 4, 104, owner=100)
+    short = [Sequence([1] * 4, 104, owner=1) for _ in range(80)]
+    policy = Castillo(distribution=Oracle(), shortest_first=True, aging=3.0)
+    started = simulate(scheduler(policy, seats=1), [long, *short]).started
+    assert 25 < started.index(0) <= 33
+    endless = Castillo(distribution=Oracle(), shortest_first=True, aging=1e-6)
+    assert simulate(scheduler(endless, seats=1), [long, *short]).started[-1] == 0
+
+
+def test_reserving_a_quantile_preempts_less_than_nothing_and_runs_more_than_everything():
+    """Equal pools, lengths far below max_tokens; the distribution is learned on the way."""
+    found = {
+        name: simulate(scheduler(policy, num_pages=120, seats=16), outputs(300, 3))
+        for name, policy in (("nothing", SarathiServe()), ("q", Castillo(0.9)), ("all", Reserving()))
+    }
+    assert found["all"].preemptions == 0 < found["nothing"].preemptions
+    assert found["q"].preemptions < 0.5 * found["nothing"].preemptions
+    assert found["q"].mean_running > 1.3 * found["all"].mean_running
+
+
+def test_castillo_s_mistakes_are_named():
+    for build, words in (
+        (lambda: Castillo(1.0), "quantile=1.0 must lie between 0 and 1"),
+        (lambda: Castillo(aging=0), "aging=0 must be above 0"),
+        (lambda: Castillo(horizon=0), "horizon=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build()

@@ -9,7 +9,7 @@ import pytest
 import tokenloom
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenloom import LLM, BatchLLM, Fair, PrefillFirst, Priority, SarathiServe, SplitFuse
+from tokenloom import LLM, BatchLLM, Castillo, Fair, PrefillFirst, Priority, SarathiServe, SplitFuse
 from tokenloom.serve.pages import PageAllocator
 from tokenloom.serve.scheduler import Scheduler, Sequence
 from tokenloom.serve.snapshots import Snapshots
@@ -24,6 +24,8 @@ MAKERS = {
     "priority": lambda: Priority(aging=20),
     "fair": lambda: Fair({"a": 3.0}),
     "batch_llm": BatchLLM,
+    "castillo": Castillo,
+    "shortest_first": lambda: Castillo(shortest_first=True),
 }
 POLICIES = pytest.mark.parametrize("name", sorted(MAKERS))
 HOME = Path(tokenloom.__file__).resolve().parent / "serve" / "policies"
