@@ -14,8 +14,7 @@ import sys
 import time
 
 from common import table
-from tokenloom.tests import tiny
-from tokenloom.tests.configurations import CONFIGURATIONS, alone, compare, crowd, together
+from tokenloom.tests.configurations import CONFIGURATIONS, alone, compare, crowd, together, writer
 from tokenloom.tests.contract import Grid, Tally
 from tokenloom.tests.drawn import draw_requests
 from tokenloom.tests.engines import engine
@@ -26,9 +25,9 @@ SHAPES = ("llama", "recurrent", "hybrid", "text")
 
 def measure(shape: str, count: int, seed: int) -> list[tuple[str, Tally]]:
     """(configuration, tally) of all configurations on one shape."""
-    llm = tiny.llm() if shape == "text" else engine(shape)
-    grid, text = Grid(llm.config, llm.engine), shape == "text"
-    drawn = draw_requests(count, seed, llm.config.vocab_size, prompt=80 if text else 120, text=text)
+    text = shape == "text"
+    grid = writer() if text else Grid(engine(shape).config, engine(shape).engine)
+    drawn = draw_requests(count, seed, grid.config.vocab_size, prompt=80 if text else 120, text=text)
     start = time.perf_counter()
     _, expected = alone(grid, drawn, random.Random(seed))
     print(f"{shape}: {count} requests alone in {time.perf_counter() - start:.0f} s", flush=True)
@@ -50,7 +49,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     arguments = parser.parse_args()
-    rows = [("configuration", "requests", "tokens", "near ties", "edges", "wrong", "preemptions", "hits")]
+    rows: list[tuple[str, ...]] = [
+        ("configuration", "requests", "tokens", "near ties", "edges", "wrong", "preemptions", "hits")
+    ]
     failed = False
     for shape in arguments.shapes:
         count = arguments.requests if shape == "llama" else -(-arguments.requests // 3)

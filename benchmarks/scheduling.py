@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    rows = [("policy", "waiting", "step us", "join us", "leave us", "step over the first")]
+    rows: list[tuple[str, ...]] = [
+        ("policy", "waiting", "step us", "join us", "leave us", "step over the first")
+    ]
     worst = 0.0
     for name, make in MAKERS.items():
         first = 0.0

@@ -7,17 +7,21 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 
-from tokenloom import Fair, PrefillFirst, Priority, SarathiServe, SplitFuse
+from tokenloom import LLM, Fair, PrefillFirst, Priority, SarathiServe, SplitFuse
+from tokenloom.model import checkpoint
 from tokenloom.model.checkpoint import random_params
-from tokenloom.model.config import ModelConfig
+from tokenloom.model.config import ModelConfig, llama_config
 from tokenloom.model.layers import Numerics
 from tokenloom.serve.build import Build, build_engine
 from tokenloom.serve.engine import Engine
 from tokenloom.serve.outputs import RequestOutput
 from tokenloom.serve.programs import BucketPlan
 from tokenloom.serve.request import Request
+from tokenloom.serve.tokenizer import Tokenizer
 from tokenloom.serve.weights import plan_swap
+from tokenloom.tests import tiny
 from tokenloom.tests.contract import Grid, Tally
 from tokenloom.tests.drawn import Drawn
 
@@ -148,6 +152,15 @@ def crowd(config: ModelConfig, seats: int = 256) -> Grid:
     engine.programs.plan = BucketPlan(seats, (seats,), (2 * seats,), engine.programs.plan.prompt_rows)
     engine.programs.compile(progress=False)
     return Grid(config, engine)
+
+
+@cache
+def writer() -> Grid:
+    """The tiny model that has a tokenizer, with pages so small that its texts share and lose them."""
+    config, sizes = llama_config(**tiny.CONFIG), {**tiny.SIZES, "page_size": 8}
+    tokenizer = Tokenizer.load(checkpoint.resolve("demo"))
+    llm = LLM.from_config(config, 0, tokenizer=tokenizer, progress=False, strict=True, **sizes)
+    return Grid(llm.config, llm.engine)
 
 
 def together(grid: Grid, drawn: list[Drawn], draw: random.Random) -> Served:

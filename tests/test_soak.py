@@ -3,10 +3,11 @@
 import random
 import threading
 import time
+import tracemalloc
 from collections import Counter
 
 import pytest
-from tokenloom import LLM, Fair, Priority, SamplingParams
+from tokenloom import LLM, Fair, PrefillFirst, Priority, SamplingParams, SarathiServe, SplitFuse
 from tokenloom.serve.driver import Driver
 from tokenloom.serve.pages import PageAllocator
 from tokenloom.serve.policies.fair import Fair as FairPolicy
@@ -117,3 +118,32 @@ def test_fair_shares_forget_tenants_without_a_trace():
     (expected, kept), (order, forgetting) = admitted(True), admitted(False)
     assert order == expected and len(order) > 300
     assert forgetting <= 128 < kept / 2
+
+
+@pytest.mark.parametrize("make", [SarathiServe, SplitFuse, PrefillFirst, Priority, Fair])
+def test_a_step_allocates_no_more_when_more_wait(make):
+    """The counting test of tests/test_policies.py sees who is looked at; this one sees a queue that is copied."""
+    peaks = []
+    for waiting in (100, 5000):
+        draw, pages = random.Random(0), PageAllocator(60, 4)
+        device = Device(Scheduler(pages, max_num_seqs=4, budget=32, prompt_rows=4, policy=make()))
+        for number in range(waiting):
+            marks = dict(priority=draw.randrange(3), tenant=f"t{number % 500}")
+            device.scheduler.add(Sequence([number % 9] * 9, 30, **marks))
+        schedule, most = device.scheduler.schedule, []
+
+        def measured(schedule=schedule, most=most):
+            tracemalloc.start()
+            try:
+                return schedule()
+            finally:
+                most.append(tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+
+        device.scheduler.schedule = measured
+        for _ in range(80):
+            device.step()
+        peaks.append(max(most))
+    assert peaks[1] <= peaks[0] + 8192, (
+        f"bytes that a step allocated with 100 and with 5,000 waiting: {peaks}"
+    )
