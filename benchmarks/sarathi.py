@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--load", type=float, default=0.9)
     parser.add_argument(
         "--allow-load", action="store_true", help="print times though others load the machine"
     )

@@ -322,7 +322,7 @@ def test_what_is_reserved_overflows_as_often_as_it_says(quantile, page):
     known = Empirical(prior=0.0)
     for _ in range(32 * 200):
         known.learn(Sequence([1], 2), length(), True)
-    policy, trials, over = Castillo(quantile, known), 1500, 0
+    policy, trials, over = Castillo(quantile, known, horizon=None), 1500, 0
     for _ in range(trials):
         running, grown = [], 0
         while len(running) < 40:
@@ -362,7 +362,7 @@ def test_reserving_a_quantile_preempts_less_than_nothing_and_runs_more_than_ever
     """Equal pools, lengths far below max_tokens; the distribution is learned on the way."""
     found = {
         name: simulate(scheduler(policy, num_pages=120, seats=16), outputs(300, 3))
-        for name, policy in (("nothing", SarathiServe()), ("q", Castillo(0.9)), ("all", Reserving()))
+        for name, policy in (("nothing", SarathiServe()), ("q", Castillo(0.9, horizon=32)), ("all", Reserving()))
     }
     assert found["all"].preemptions == 0 < found["nothing"].preemptions
     assert found["q"].preemptions < 0.5 * found["nothing"].preemptions

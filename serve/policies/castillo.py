@@ -154,14 +154,15 @@ class Castillo(Policy):
     Args:
         quantile: the chance that what was reserved suffices.
         distribution: a `Lengths`; None: `Empirical()`, learned from the sequences that end.
-        horizon: tokens to look ahead; None: to the end of every sequence.
+        horizon: tokens to look ahead, since others end meanwhile and give their pages back; None: to the end of
+            every sequence, which hardly ever preempts and runs fewer at once (`benchmarks/castillo.py`).
         shortest_first: start those first whose expected length is shortest; otherwise order of arrival.
         aging: a later arrival weighs as much as so many tokens of expected length, so a sequence is overtaken by
             at most (its expected length / aging) later ones.
     """
 
     def __init__(
-        self, quantile: float = 0.9, distribution: Lengths | None = None, *, horizon: int | None = None,
+        self, quantile: float = 0.9, distribution: Lengths | None = None, *, horizon: int | None = 64,
         shortest_first: bool = False, aging: float = 1.0,
     ):  # fmt: skip
         if not 0 < quantile < 1:
