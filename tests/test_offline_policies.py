@@ -362,7 +362,11 @@ def test_reserving_a_quantile_preempts_less_than_nothing_and_runs_more_than_ever
     """Equal pools, lengths far below max_tokens; the distribution is learned on the way."""
     found = {
         name: simulate(scheduler(policy, num_pages=120, seats=16), outputs(300, 3))
-        for name, policy in (("nothing", SarathiServe()), ("q", Castillo(0.9, horizon=32)), ("all", Reserving()))
+        for name, policy in (
+            ("nothing", SarathiServe()),
+            ("q", Castillo(0.9, horizon=32)),
+            ("all", Reserving()),
+        )
     }
     assert found["all"].preemptions == 0 < found["nothing"].preemptions
     assert found["q"].preemptions < 0.5 * found["nothing"].preemptions

@@ -117,7 +117,8 @@ def test_a_step_looks_at_no_more_sequences_when_more_wait(name, ended):
             device.step()
             most = max(most, len(Watched.touched))
         counts.append(most)
-    assert counts[1] <= max(2 * counts[0], 16) < 40
+    # 70 live ones remain beside at most as many ended ones, which one step may skip together.
+    assert counts[1] <= (140 if ended else max(2 * counts[0], 16)) and (ended or counts[0] < 20)
 
 
 @POLICIES

@@ -85,7 +85,9 @@ def test_token_text_and_bytes():
     assert first is not None
     assert tokenizer.token_bytes(first) == b"\xe2" and tokenizer.token_text(first) == "\ufffd"
     assert tokenizer.token_text(tokenizer.encode("x the", add_special_tokens=False)[-1]) == " the"
-    assert tokenizer.token_text(tokenizer.vocab_size + 9) == "", "weights may know more ids than the tokenizer"
+    assert tokenizer.token_text(tokenizer.vocab_size + 9) == "", (
+        "weights may know more ids than the tokenizer"
+    )
     assert LOADED["gpt2"].token_bytes(LOADED["gpt2"].encode("\n")[0]) == b"\n"
     with pytest.raises(ValueError, match=r"999999 .* 420 tokens"):
         tokenizer.token_bytes(999999)
