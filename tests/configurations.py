@@ -7,6 +7,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 from tokenloom import LLM, Fair, PrefillFirst, Priority, SarathiServe, SplitFuse
@@ -116,8 +117,9 @@ def swapped(grid: Grid, drawn: list[Drawn], draw: random.Random) -> Served:
 
 
 def disturbed(grid: Grid, drawn: list[Drawn], draw: random.Random) -> Served:
-    """Under pressure for pages, half of the requests are cancelled or time out in flight; time is counted in steps."""
-    engine = grid.engine(num_pages=tight_pages(grid))
+    """Under pressure for pages, half of the requests are cancelled or time out in flight; time is counted in steps.
+    Some that were cancelled are asked for again at once, and go first: what they left behind is what they find."""
+    engine = grid.engine(num_pages=tight_pages(grid), policy=Priority())
     now = [time.monotonic()]
     engine.deadlines.clock = lambda: now[0]
     requests = []
@@ -126,7 +128,7 @@ def disturbed(grid: Grid, drawn: list[Drawn], draw: random.Random) -> Served:
         request = one.request(timeout_s=float(draw.randint(2, 60)) if kind < 0.25 else None)
         request.cancelled = kind > 0.75  # it will be, at a drawn moment
         requests.append(request)
-    victims = [request for request in requests if request.cancelled]
+    victims, places = [request for request in requests if request.cancelled], {}
 
     def disturb() -> None:
         now[0] += 1.0
@@ -135,13 +137,18 @@ def disturbed(grid: Grid, drawn: list[Drawn], draw: random.Random) -> Served:
                 request.arrival = now[0]
         here = [request for request in victims if request.samples and not request.finished]
         if here and draw.random() < 0.3:
-            victim = draw.choice(here)
+            victim = draw.choice([request for request in here if _half_way(request)] or here)
             engine.abort(victim) if draw.random() < 0.5 else engine.cancelled.append(victim)
+            if draw.random() < 0.5:
+                again = replace(drawn[int(victim.request_id)], priority=-100).request()
+                engine.add(again)
+                places[again.request_id] = again
 
     drive(engine, requests, draw, disturb)
+    assert all(request.finished for request in places.values())
     reasons = {one.finish_reason for request in requests for one in request.samples}
     assert len(drawn) < 40 or {"abort", "timeout"} <= reasons
-    return engine, [request.output() for request in requests]
+    return engine, [places.get(str(one.index), request).output() for one, request in zip(drawn, requests)]
 
 
 def crowd(config: ModelConfig, seats: int = 256) -> Grid:
@@ -174,6 +181,12 @@ def together(grid: Grid, drawn: list[Drawn], draw: random.Random) -> Served:
     settled(engine)
     assert most >= min(len(drawn), engine.scheduler.max_num_seqs) // 2, "they were meant to run together"
     return engine, [request.output() for request in requests]
+
+
+def _half_way(request: Request) -> bool:
+    """Whether a part of the prompt is computed: others may find no more than that."""
+    parts = [sample.sequence for sample in request.samples]
+    return any(one.computed > 0 and not one.decoding for one in parts)
 
 
 CONFIGURATIONS: dict[str, Serve] = {

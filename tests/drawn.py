@@ -60,7 +60,7 @@ def draw_requests(
     tenants: str = "abc",
 ) -> list[Drawn]:  # fmt: skip
     """Prompts of 1 to `prompt` tokens: half of them begin with a part of one of a few shared texts, and some
-    repeat an earlier prompt whole."""
+    repeat an earlier prompt whole, mostly one that may be running still."""
     draw = random.Random(f"requests {seed}")
 
     def words(longest: int) -> list[int]:
@@ -69,8 +69,8 @@ def draw_requests(
     heads, found = [words(prompt) for _ in range(6)], []
     for index in range(count):
         kind = draw.random()
-        if found and kind < 0.15:
-            ids = list(draw.choice(found).prompt)
+        if found and kind < 0.2:
+            ids = list(draw.choice(found[-3:] if kind < 0.12 else found).prompt)
         elif kind < 0.6:
             head = draw.choice(heads)
             ids = head[: draw.randint(1, len(head))]
