@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ..attention.caches.paged import PagedKV
+from ..attention.blockwise import Blockwise
+from ..attention.caches.paged import QUANTISED, PagedKV
 from ..attention.caches.recurrent import RecurrentState
+from ..attention.ops import Backend
 from .config import AttentionConfig, ModelConfig
 
 
@@ -19,17 +21,17 @@ from .config import AttentionConfig, ModelConfig
 class Capacity:
     """Sizes of the state: `num_pages` pages of `page_size` tokens, `seats` sequences (one more is padding).
 
-    Recurrent layers have `snapshots` places more, for copies that the prefix cache keeps. `keys_transposed` is
-    the layout inside a page: True for CPU targets, False for TPU and GPU (`attention.ops`).
+    Recurrent layers have `snapshots` places more, for copies that the prefix cache keeps. `kv_dtype` is how keys
+    and values are stored (None: as `dtype`); the first of the attention back ends decides how a page lies.
     """
 
     num_pages: int
     page_size: int
     seats: int
     dtype: jnp.dtype = jnp.dtype("float32")
-    keys_transposed: bool = True
-    backends: tuple[str, ...] = ("tokenloom.attention.blockwise",)
+    backends: tuple[Backend, ...] = (Blockwise(),)
     snapshots: int = 0
+    kv_dtype: jnp.dtype | None = None
 
 
 def state_spec(config: ModelConfig, capacity: Capacity, period: int | None = None) -> tuple:
@@ -39,17 +41,17 @@ def state_spec(config: ModelConfig, capacity: Capacity, period: int | None = Non
 
 def make_state(config: ModelConfig, capacity: Capacity, period: int | None = None) -> tuple:
     """The empty state: a tuple with one entry a layer, or, for a stacked decoder, one a place in the period."""
-    entries, transposed = [], capacity.keys_transposed
+    entries = []
     layers = 1 if period is None else config.num_layers // period
     for block in config.blocks[:period]:
         mixer = block.mixer
         if isinstance(mixer, AttentionConfig):
-            pages = (layers * capacity.num_pages, mixer.kv_heads)
-            v = jnp.zeros((*pages, capacity.page_size, mixer.head_dim), capacity.dtype)
-            k = jnp.zeros((*pages, mixer.head_dim, capacity.page_size) if transposed else v.shape, v.dtype)
             entries.append(
-                PagedKV(k, v, backends=capacity.backends, layers=layers, keys_transposed=transposed)
-            )
+                PagedKV.empty(
+                    capacity.num_pages, capacity.page_size, mixer.kv_heads, mixer.head_dim,
+                    capacity.kv_dtype or capacity.dtype, capacity.backends, layers,
+                )
+            )  # fmt: skip
         else:
             places = capacity.seats + capacity.snapshots + 1
             rows = (places,) if period is None else (layers, places)
@@ -72,6 +74,8 @@ def snapshot_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one page over all layers; 0 when no layer keeps pages."""
+    """Bytes of one page over all layers, scales included; 0 when no layer keeps pages."""
     mixers = [block.mixer for block in config.blocks if isinstance(block.mixer, AttentionConfig)]
-    return sum(2 * m.kv_heads * m.head_dim for m in mixers) * page_size * jnp.dtype(dtype).itemsize
+    dtype = jnp.dtype(dtype)
+    scale = 4 if dtype.name in QUANTISED else 0
+    return sum(2 * m.kv_heads * (m.head_dim * dtype.itemsize + scale) for m in mixers) * page_size

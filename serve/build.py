@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..attention.blockwise import Blockwise
 from ..attention.caches.paged import PagedKV
 from ..attention.caches.recurrent import RecurrentState
 from ..model import checkpoint
@@ -186,7 +187,7 @@ def build_engine(
     cpu = numerics.platform == "cpu"
     snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
-        num_pages, page_size, build.max_num_seqs, numerics.dtype, keys_transposed=cpu, snapshots=snapshots
+        num_pages, page_size, build.max_num_seqs, numerics.dtype, (Blockwise(),), snapshots=snapshots
     )
     state = jax.jit(lambda: make_state(config, capacity, period))()
     off = no_prefix_cache(state, build, length, page_size, snapshots)

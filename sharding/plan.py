@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..attention.caches.paged import PagedKV
 
 LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "layers")
 
@@ -72,15 +75,14 @@ class Plan:
         )  # fmt: skip
 
     def place_state(self, specs: tuple, mesh: Mesh) -> tuple:
-        """ShapeDtypeStructs of the state -> the same with their shardings: pages [M,Hkv,..] by KV head."""
+        """ShapeDtypeStructs of the state -> the same with their shardings: pages and scales [M,Hkv,...] by KV head."""
         target = dict(self.table).get("kv_heads")
 
-        def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            paged = leaf.ndim == 4
-            parts = PartitionSpec(None, target) if paged and target else PartitionSpec()
-            return _placed(leaf, mesh, parts)
+        def one(entry: object, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            split = PartitionSpec(None, target) if isinstance(entry, PagedKV) and target else PartitionSpec()
+            return _placed(leaf, mesh, split)
 
-        return jax.tree.map(one, specs)
+        return tuple(jax.tree.map(partial(one, entry), entry) for entry in specs)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:

@@ -136,8 +136,9 @@ def disturbed(grid: Grid, drawn: list[Drawn], draw: random.Random) -> Served:
             if not request.samples:
                 request.arrival = now[0]
         here = [request for request in victims if request.samples and not request.finished]
-        if here and draw.random() < 0.3:
-            victim = draw.choice([request for request in here if _half_way(request)] or here)
+        half_way = [request for request in here if _half_way(request)]
+        if half_way or (here and draw.random() < 0.3):
+            victim = draw.choice(half_way or here)
             engine.abort(victim) if draw.random() < 0.5 else engine.cancelled.append(victim)
             if draw.random() < 0.5:
                 again = replace(drawn[int(victim.request_id)], priority=-100).request()

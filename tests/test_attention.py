@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenloom.attention.blockwise import prompt, rows
+from tokenloom.attention.blockwise import Blockwise
 from tokenloom.attention.ops import AttentionSpec, PagedView, dense, merge
 
 PAGE, WIDTH, HEADS, KV_HEADS, DIM = 4, 6, 4, 2, 8
@@ -37,7 +37,11 @@ def paged(drawn, lengths, transposed):
     if transposed:
         k_pages = np.ascontiguousarray(k_pages.transpose(0, 1, 3, 2))
     return PagedView(
-        jnp.asarray(k_pages), jnp.asarray(v_pages), jnp.asarray(table), jnp.asarray(lengths), transposed
+        jnp.asarray(k_pages),
+        jnp.asarray(v_pages),
+        jnp.asarray(table),
+        jnp.asarray(lengths),
+        layout="transposed" if transposed else "rows",
     )
 
 
@@ -52,7 +56,7 @@ def test_rows_equal_dense(name, transposed):
     lengths, spec, n = [1, 4, 17, 0, 24], SPECS[name], 1
     drawn = texts(lengths)
     q = np.random.default_rng(2).standard_normal((5, n, HEADS, DIM)).astype(np.float32)
-    out, lse = jax.jit(lambda q, view: rows(q, view, spec=spec))(q, paged(drawn, lengths, transposed))
+    out, lse = jax.jit(lambda q, view: Blockwise().rows(q, view, spec))(q, paged(drawn, lengths, transposed))
     for row, (k, v) in enumerate(drawn):
         if not lengths[row]:
             assert not np.any(out[row]) and np.all(np.isneginf(lse[row]))
@@ -68,7 +72,7 @@ def test_prompts_equal_dense(name, transposed):
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     q = np.random.default_rng(3).standard_normal((24, HEADS, DIM)).astype(np.float32)
     view = paged(drawn, lengths, transposed)
-    out, lse = jax.jit(lambda q, view, at: prompt(q, view, at, spec=spec))(q, view, starts)
+    out, lse = jax.jit(lambda q, view, at: Blockwise().prompt(q, view, at, spec))(q, view, starts)
     for row, (k, v) in enumerate(drawn):
         at = slice(starts[row], starts[row + 1])
         if counts[row]:

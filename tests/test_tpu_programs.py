@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tokenloom.attention.batch import Shape, descriptor_size
+from tokenloom.attention.blockwise import Blockwise
 from tokenloom.model.config import llama_config
 from tokenloom.model.layers import Numerics
 from tokenloom.model.stacked import abstract_stacked, period_of
@@ -47,7 +48,7 @@ def test_pages_are_updated_in_place(mesh, shape, limit):
     period = period_of(config)
     graphdef, specs = abstract_stacked(config, Numerics(dtype, dtype, platform="tpu"), period)
     params = TENSOR.place_params(graphdef, specs, mesh)
-    capacity = Capacity(SEATS * width + 1, PAGE, SEATS, dtype, keys_transposed=False)
+    capacity = Capacity(SEATS * width + 1, PAGE, SEATS, dtype, backends=(Blockwise(lie="rows"),))
     state = TENSOR.place_state(state_spec(config, capacity, period), mesh)
 
     def ints(count: int) -> jax.ShapeDtypeStruct:

@@ -9,28 +9,61 @@ import jax
 import jax.numpy as jnp
 
 from ..batch import Batch
-from ..ops import AttentionSpec, PagedView, attention
+from ..blockwise import Blockwise
+from ..ops import AttentionSpec, Backend, Layout, PagedView, attention
+
+QUANTISED = ("int8", "float8_e4m3fn")
+
+
+def encode(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """x [T,H,D] -> (codes [T,H,D], scales f32[T,H]) with x ~ codes * scale: symmetric, one scale a token and head."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)
+    scales = jnp.abs(wide).max(-1) / largest
+    codes = wide / jnp.maximum(scales, 1e-30)[..., None]
+    return (jnp.round(codes) if jnp.issubdtype(dtype, jnp.integer) else codes).astype(dtype), scales
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "base"],
-    meta_fields=["backends", "layers", "keys_transposed"],
+    data_fields=["k", "v", "k_scales", "v_scales", "base"],
+    meta_fields=["backends", "layers", "layout"],
 )
 @dataclass(frozen=True)
 class PagedKV:
-    """One layer's pages: k [M,Hkv,D,ps] (or [M,Hkv,ps,D] where keys are not transposed), v [M,Hkv,ps,D].
+    """One layer's pages as `PagedView` describes them: k, v (None when paired), scales (None unless quantised).
 
     Layers that run under one scan share arrays [layers*M, ...]: layer l uses pages l*M.. of them, and `base` is
     its offset while it runs. None means no offset.
     """
 
     k: jax.Array
-    v: jax.Array
+    v: jax.Array | None
+    k_scales: jax.Array | None = None
+    v_scales: jax.Array | None = None
     base: jax.Array | None = None
-    backends: tuple[str, ...] = ("tokenloom.attention.blockwise",)
+    backends: tuple[Backend, ...] = (Blockwise(),)
     layers: int = 1
-    keys_transposed: bool = True
+    layout: Layout = "transposed"
+
+    @staticmethod
+    def empty(
+        pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: jnp.dtype,
+        backends: tuple[Backend, ...] = (Blockwise(),), layers: int = 1,
+    ) -> PagedKV:  # fmt: skip
+        """Zeroed pages for `layers` layers that share arrays, lying as the first back end wants them."""
+        dtype, M = jnp.dtype(dtype), layers * pages
+        layout = backends[0].layout(head_dim)
+        if layout == "transposed":
+            shapes = ((M, kv_heads, head_dim, page_size), (M, kv_heads, page_size, head_dim))
+        elif layout == "rows":
+            shapes = ((M, kv_heads, page_size, head_dim),) * 2
+        else:
+            shapes = ((M, kv_heads, page_size, 2 * head_dim), None)
+        k, v = (None if shape is None else jnp.zeros(shape, dtype) for shape in shapes)
+        scaled = dtype.name in QUANTISED
+        scales = [jnp.zeros((M, kv_heads, page_size), jnp.float32) if scaled else None for _ in range(2)]
+        return PagedKV(k, v, *scales, backends=backends, layers=layers, layout=layout)  # type: ignore[arg-type]
 
     def layer(self, index: jax.Array) -> PagedKV:
         """One layer of several that share these arrays."""
@@ -41,36 +74,47 @@ class PagedKV:
         del index
         return replace(new, base=None)
 
+    def write(self, k: jax.Array, v: jax.Array, batch: Batch) -> PagedKV:
+        """k and v [T,Hkv,D] to the pages and slots that the batch names, in place where the array is donated."""
+        base = jnp.int32(0) if self.base is None else self.base
+        at = ((batch.pages + base)[:, None], jnp.arange(k.shape[1], dtype=jnp.int32)[None, :])
+        slots = batch.slots[:, None]
+        new = self
+        if self.k_scales is not None and self.v_scales is not None:
+            (k, k_scale), (v, v_scale) = encode(k, self.k.dtype), encode(v, self.k.dtype)
+            new = replace(
+                new,
+                k_scales=self.k_scales.at[*at, slots].set(k_scale, mode="promise_in_bounds"),
+                v_scales=self.v_scales.at[*at, slots].set(v_scale, mode="promise_in_bounds"),
+            )
+        if self.v is None:
+            k = jnp.concatenate([k, v], -1)
+        else:
+            new = replace(new, v=self.v.at[*at, slots].set(v.astype(self.v.dtype), mode="promise_in_bounds"))
+        k_at = (*at, slice(None), slots) if self.layout == "transposed" else (*at, slots)
+        return replace(new, k=self.k.at[k_at].set(k.astype(self.k.dtype), mode="promise_in_bounds"))
+
+    def view(self, batch: Batch) -> PagedView:
+        table = batch.page_table + (jnp.int32(0) if self.base is None else self.base)
+        return PagedView(self.k, self.v, table, batch.lengths, self.k_scales, self.v_scales, self.layout)
+
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec
     ) -> tuple[jax.Array, PagedKV]:
         """q [T,Hq,D], k and v [T,Hkv,D], already rotated: writes k and v to their pages, then attends."""
         B, n, R = batch.shape.B, batch.shape.q, batch.shape.R
-        base = jnp.int32(0) if self.base is None else self.base
-        pages, table = batch.pages + base, batch.page_table + base
-        heads = jnp.arange(k.shape[1], dtype=jnp.int32)
-        at = (pages[:, None], heads[None, :])
-        slots = batch.slots[:, None]
-        k_at = (*at, slice(None), slots) if self.keys_transposed else (*at, slots)
-        k_pages = self.k.at[k_at].set(k.astype(self.k.dtype), mode="promise_in_bounds")
-        v_pages = self.v.at[*at, slots].set(v.astype(self.v.dtype), mode="promise_in_bounds")
-        view = PagedView(k_pages, v_pages, table, batch.lengths, self.keys_transposed)
-        parts = []
+        new = self.write(k, v, batch)
+        view, parts = new.view(batch), []
         if B:
             rect = q[: B * n].reshape(B, n, *q.shape[1:])
-            out, _ = attention("rows", rect, view.rows(0, B), spec, self.backends)
+            out, _ = attention(rect, view.rows(0, B), spec, self.backends)
             parts.append(out.reshape(B * n, *q.shape[1:]))
         if R:
             out, _ = attention(
-                "prompt",
-                q[B * n :],
-                view.rows(B, B + R),
-                spec,
-                self.backends,
-                query_starts=batch.query_starts,
+                q[B * n :], view.rows(B, B + R), spec, self.backends, query_starts=batch.query_starts
             )
             parts.append(out)
-        return jnp.concatenate(parts) if len(parts) > 1 else parts[0], replace(self, k=k_pages, v=v_pages)
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0], new
 
     def commit(self, accepted: jax.Array) -> PagedKV:
         """Plain pages need no commit: a rejected token's slot is overwritten by the next one."""

@@ -1,0 +1,153 @@
+"""What every attention kernel shares: the scores, the pages, draft trees, and who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+NEG_INF = -1e30
+WORD = 32
+
+Layout = Literal["transposed", "rows", "paired"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What the scores are, and the mask.
+
+    `window` w lets position i see i-w+1 and later; `softcap` c gives c*tanh(s/c). `causal` lets i see up to i;
+    with `chunk` c up to the end of its chunk of c positions (chunk-causal: whole chunks see each other, and all
+    before); without either everything that is stored (full).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    causal: bool = True
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and (self.chunk < 1 or not self.causal):
+            raise ValueError(f"chunk={self.chunk} must be at least 1, and needs causal=True")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1: a token sees itself")
+
+    def visible(self, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(first, last) key position that queries at `positions` see in rows of `lengths` tokens, both included.
+
+        Plain arithmetic on i32 arrays of any shape, so it serves inside kernels too.
+        """
+        last = lengths - 1
+        if self.chunk is not None:
+            last = jnp.minimum(last, (positions // self.chunk + 1) * self.chunk - 1)
+        elif self.causal:
+            last = jnp.minimum(last, positions)
+        first = jnp.zeros_like(positions)
+        return first if self.window is None else jnp.maximum(positions - self.window + 1, 0), last
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k_pages", "v_pages", "table", "lengths", "k_scales", "v_scales"],
+    meta_fields=["layout"],
+)
+@dataclass(frozen=True)
+class PagedView:
+    """What storage shows of one layer; lengths i32[rows] in tokens (0: nothing to see), table i32[rows,P].
+
+    How a page lies belongs to the back end:
+
+    - "transposed" k_pages [M,Hkv,D,ps], v_pages [M,Hkv,ps,D]: on CPU the product with a query then streams
+    - "rows"       both [M,Hkv,ps,D]: on TPU and GPU a write of one token is then contiguous
+    - "paired"     k_pages [M,Hkv,ps,2D], v_pages None: a token's key, then its value, in one row; on TPU a row has
+      128 lanes, so heads of 64 would waste half of it otherwise
+
+    int8 and float8 pages come with f32 scales [M,Hkv,ps], one for each token and head: k = codes * scale.
+    """
+
+    k_pages: jax.Array
+    v_pages: jax.Array | None
+    table: jax.Array
+    lengths: jax.Array
+    k_scales: jax.Array | None = None
+    v_scales: jax.Array | None = None
+    layout: Layout = "transposed"
+
+    @property
+    def page_size(self) -> int:
+        return self.k_pages.shape[3 if self.layout == "transposed" else 2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k_pages.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        at, share = (2, 1) if self.layout == "transposed" else (3, 2 if self.layout == "paired" else 1)
+        return self.k_pages.shape[at] // share
+
+    def rows(self, start: int, stop: int) -> PagedView:
+        return replace(self, table=self.table[start:stop], lengths=self.lengths[start:stop])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["bits", "depths"], meta_fields=[])
+@dataclass(frozen=True)
+class Tree:
+    """Draft trees of n slots a row, for verification: slot j of row b is stored at position lengths[b]-n+j.
+
+    bits i32[B,n,ceil(n/32)]: bit s of query j says whether it sees slot s (itself and its ancestors); depths
+    i32[B,n]: how far a slot's text position lies behind the root's. All see what was stored before the tree.
+    """
+
+    bits: jax.Array
+    depths: jax.Array
+
+    @staticmethod
+    def of(mask: jax.Array, depths: jax.Array, window: int | None = None) -> Tree:
+        """From mask bool[B,n,n] (query, slot) and depths i32[B,n]; a window also holds between slots."""
+        if window is not None:
+            mask = mask & (depths[:, None, :] > depths[:, :, None] - window)
+        B, n, _ = mask.shape
+        words = -(-n // WORD)
+        padded = jnp.pad(mask, ((0, 0), (0, 0), (0, words * WORD - n))).reshape(B, n, words, WORD)
+        bits = (padded.astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+        return Tree(jax.lax.bitcast_convert_type(bits, jnp.int32), depths)
+
+    @staticmethod
+    def sees(words: Sequence[jax.Array], slots: jax.Array) -> jax.Array:
+        """Whether queries with these words of bits (broadcast against `slots`) see slots; before the tree: yes."""
+        word = words[0]
+        for index in range(1, len(words)):
+            word = jnp.where(slots >= index * WORD, words[index], word)
+        return (slots < 0) | ((word >> (slots % WORD)) & 1 == 1)
+
+
+class Backend(Protocol):
+    """One way to run attention over pages: a frozen dataclass, so that it can be static in programs.
+
+    A case that it cannot do raises NotImplementedError with the reason. Both parts return (out, lse): out in q's
+    dtype, lse f32 [..., Hq], the log of the summed exponentials of the scaled, capped, masked scores. Queries that
+    see nothing give out = 0 and lse = -inf.
+    """
+
+    def layout(self, head_dim: int) -> Layout:
+        """How pages must lie for heads of this size."""
+        ...
+
+    def rows(
+        self, q: jax.Array, view: PagedView, spec: AttentionSpec, tree: Tree | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The rectangular part: q [B,n,Hq,D], row b's n tokens are its last n positions (or a draft tree)."""
+        ...
+
+    def prompt(
+        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec
+    ) -> tuple[jax.Array, jax.Array]:
+        """The prompt part, flat: q [C,Hq,D]; tokens of row r lie in query_starts[r]..query_starts[r+1] (i32[R+1])
+        and are the last positions of that row. Tokens of no row give out = 0, lse = -inf."""
+        ...
