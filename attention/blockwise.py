@@ -30,9 +30,9 @@ def _read(view: PagedView, where: jax.Array) -> tuple[jax.Array, jax.Array, str]
     return k, v, "ds" if view.layout == "transposed" else "sd"
 
 
-def _scales(scales: jax.Array | None, where: jax.Array) -> jax.Array | float:
+def _scales(scales: jax.Array, where: jax.Array) -> jax.Array:
     """Scales of pages `where` i32[W] as f32[W,Hkv,1,ps], beside scores or weights [W,Hkv,N,ps]."""
-    return 1.0 if scales is None else scales.at[where].get(mode="promise_in_bounds")[:, :, None, :]
+    return scales.at[where].get(mode="promise_in_bounds")[:, :, None, :]
 
 
 def _block(

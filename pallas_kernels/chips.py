@@ -7,8 +7,7 @@ capabilities (shared memory a block), and the products' data sheets (multiproces
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import jax
+from typing import Any
 
 MiB, KiB = 1 << 20, 1 << 10
 
@@ -24,8 +23,8 @@ class Chip:
     memory: int
 
     @staticmethod
-    def of(device: jax.Device) -> Chip:
-        """The chip of a device, also of a compile-only one; unknown kinds get the smallest of their platform."""
+    def of(device: Any) -> Chip:
+        """The chip of a `jax.Device`, also of a compile-only one; unknown kinds get the smallest of their platform."""
         kind = device.device_kind
         if device.platform == "tpu":
             return TPUS.get(kind, Chip("tpu", kind, 1, 16 * MiB))

@@ -184,7 +184,6 @@ def build_engine(
         graphdef, _ = checkpoint.abstract(config, numerics)
     else:
         graphdef, params = abstract_stacked(config, numerics, period)[0], stack(params, period)
-    cpu = numerics.platform == "cpu"
     snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
         num_pages, page_size, build.max_num_seqs, numerics.dtype, (Blockwise(),), snapshots=snapshots
