@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..pallas_kernels.attention.spec import NEG_INF, AttentionSpec, Layout, PagedView, Tree
+from ..pallas_kernels.attention.tiles import Case, TwinTiles
+from ..pallas_kernels.attention.tuned import Tuned
 
 
 def _read(view: PagedView, where: jax.Array) -> tuple[jax.Array, jax.Array, str]:
@@ -101,15 +103,20 @@ def _worklist(
 
 @dataclass(frozen=True)
 class Blockwise:
-    """`query_block` prompt tokens meet one page at a time; decode takes `pages_a_step` pages of any rows."""
+    """`query_block` prompt tokens meet one page at a time; decode takes `pages_a_step` pages of any rows. Cases near
+    to one that was measured take the `tuned` tiles instead."""
 
     query_block: int = 128
     pages_a_step: int = 8
     lie: Layout = "transposed"
+    tuned: Tuned[TwinTiles] = Tuned()
 
     def layout(self, head_dim: int) -> Layout:
         del head_dim
         return self.lie
+
+    def tiles(self, case: Case) -> TwinTiles:
+        return self.tuned.lookup(case) or TwinTiles(self.query_block, self.pages_a_step)
 
     def rows(
         self, q: jax.Array, view: PagedView, spec: AttentionSpec, tree: Tree | None = None
@@ -121,15 +128,17 @@ class Blockwise:
         """
         B, n, heads, dim = q.shape
         kv_heads, size = view.kv_heads, view.page_size
-        group, width = heads // kv_heads, min(self.pages_a_step, B)
+        group, width = heads // kv_heads, min(self.tiles(Case.of("rows", q, view)).pages, B)
         packed = (q.astype(jnp.float32) * spec.scale).reshape(B, n, kv_heads, group, dim)
         packed = packed.transpose(0, 2, 1, 3, 4).reshape(B, kv_heads, n * group, dim)
         lengths = view.lengths[:, None]
         depths = jnp.arange(n, dtype=jnp.int32)[None] if tree is None else tree.depths
         sees_from, sees_to = spec.visible(lengths - n + depths, lengths)
         if tree is not None:
-            sees_to = jnp.broadcast_to(lengths - 1, depths.shape)
-        sees_from, sees_to = (jnp.repeat(x, group, axis=1) for x in (sees_from, sees_to))
+            sees_to = lengths - 1
+        sees_from, sees_to = (
+            jnp.repeat(jnp.broadcast_to(x, (B, n)), group, axis=1) for x in (sees_from, sees_to)
+        )
         total, find = _worklist(view.lengths, jnp.maximum(sees_from.min(1), 0) // size, size)
 
         def step(index, carry):
@@ -176,7 +185,7 @@ class Blockwise:
         """The prompt part: q [C,Hq,D], rows by query_starts i32[R+1]."""
         C, heads, dim = q.shape
         kv_heads, size = view.kv_heads, view.page_size
-        group, step = heads // kv_heads, min(self.query_block, C)
+        group, step = heads // kv_heads, min(self.tiles(Case.of("prompt", q, view)).queries, C)
         R = query_starts.shape[0] - 1
         # One block of slack, so that a row's last block may run over the end of the chunk.
         padded = jnp.pad(q.astype(jnp.float32) * spec.scale, ((0, step), (0, 0), (0, 0)))
