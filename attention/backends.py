@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TypeVar
+
+from ..pallas_kernels.attention.tiles import TwinTiles
+from ..pallas_kernels.attention.tuned import Tuned, load
 from ..pallas_kernels.chips import Chip
 from .blockwise import Blockwise
 from .ops import Backend
 
+T = TypeVar("T")
 
-def backends(chip: Chip) -> tuple[Backend, ...]:
-    """The kernels of the chip first, then the plain twin, which takes every case."""
-    return (Blockwise(),) if chip.platform == "cpu" else (Blockwise(lie="rows"),)
+
+def backends(chip: Chip, measured: Path | None = None) -> tuple[Backend, ...]:
+    """The kernels of the chip first, then the plain twin, which takes every case.
+
+    `measured`: the folder of tables that `tokenloom tune` writes; None: heuristics choose the tiles.
+    """
+
+    def tuned(kind: type[T]) -> Tuned[T]:
+        return Tuned() if measured is None else load(measured, chip, kind)
+
+    if chip.platform == "cpu":
+        return (Blockwise(tuned=tuned(TwinTiles)),)
+    return (Blockwise(lie="rows"),)

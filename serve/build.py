@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..attention.blockwise import Blockwise
+from ..attention.backends import backends
 from ..attention.caches.paged import PagedKV
 from ..attention.caches.recurrent import RecurrentState
 from ..model import checkpoint
@@ -20,6 +20,8 @@ from ..model.layers import Numerics
 from ..model.matmul import fused_is_faster
 from ..model.stacked import abstract_stacked, period_of, stack
 from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
+from ..pallas_kernels.attention.tuned import tiles_folder
+from ..pallas_kernels.chips import Chip
 from .engine import Engine
 from .pages import PageAllocator
 from .policies.policy import Policy
@@ -110,13 +112,18 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
     if bytes_a_token == 0:
         block = build.page_size or RECURRENT_BLOCK
         return build.max_num_seqs * -(-length // block) + 1 + REMEMBERED_BLOCKS, block
-    size = build.page_size or min(128, max(16, length))
+    size = build.page_size or usual_page_size(length)
     wanted = build.max_num_seqs * -(-length // size) + 1
     if build.num_pages is not None:
         if build.num_pages < 2:
             raise ValueError(f"num_pages={build.num_pages} must be at least 2: page 0 is never used")
         return build.num_pages, size
     return max(2, min(wanted, pool_bytes() // (bytes_a_token * size))), size
+
+
+def usual_page_size(length: int) -> int:
+    """Tokens a page for sequences of up to `length` tokens."""
+    return min(128, max(16, length))
 
 
 def choose_snapshots(config: ModelConfig, build: Build, dtype: jnp.dtype) -> int:
@@ -186,8 +193,9 @@ def build_engine(
         graphdef, params = abstract_stacked(config, numerics, period)[0], stack(params, period)
     snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
-        num_pages, page_size, build.max_num_seqs, numerics.dtype, (Blockwise(),), snapshots=snapshots
-    )
+        num_pages, page_size, build.max_num_seqs, numerics.dtype,
+        backends(Chip.of(jax.devices()[0]), tiles_folder()), snapshots=snapshots,
+    )  # fmt: skip
     state = jax.jit(lambda: make_state(config, capacity, period))()
     off = no_prefix_cache(state, build, length, page_size, snapshots)
     copies = Snapshots(snapshots, page_size) if snapshots and off is None else None
