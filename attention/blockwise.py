@@ -19,17 +19,18 @@ from ..pallas_kernels.attention.tiles import Case, TwinTiles
 from ..pallas_kernels.attention.tuned import Tuned
 
 
-def _read(view: PagedView, where: jax.Array) -> tuple[jax.Array, jax.Array, str]:
-    """Pages `where` i32[W] in float32: keys, values [W,Hkv,ps,D], and how keys lie in an einsum ("ds" or "sd").
+def _read(view: PagedView, where: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, str]:
+    """Pages `where` i32[W] of heads of size `dim` in float32: keys, values [W,Hkv,ps,D], and how keys lie in an einsum ("ds" or "sd").
 
     Scales are left for `_scales`: on scores and weights they cost a factor D less.
     """
     k = view.k_pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
     if view.v_pages is None:
-        dim = view.head_dim
         return k[..., :dim], k[..., dim:], "sd"
     v = view.v_pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
-    return k, v, "ds" if view.layout == "transposed" else "sd"
+    if view.layout == "transposed":
+        return k, v, "ds"
+    return k[..., :dim], v[..., :dim], "sd"
 
 
 def _scales(scales: jax.Array, where: jax.Array) -> jax.Array:
@@ -53,7 +54,7 @@ def _block(
     def page(index, carry):
         out, top, total = carry
         where = view.table[row, index][None]
-        k, v, lie = _read(view, where)
+        k, v, lie = _read(view, where, dim)
         scores = jnp.einsum(f"hnd,h{lie}->hns", q, k[0], preferred_element_type=jnp.float32)
         if view.k_scales is not None:
             scores = scores * _scales(view.k_scales, where)[0]
@@ -145,7 +146,7 @@ class Blockwise:
             out, top, summed = carry
             row, page, live = find(index * width + jnp.arange(width, dtype=jnp.int32))
             where = jnp.where(live, view.table[row, page], 0)
-            k, v, lie = _read(view, where)
+            k, v, lie = _read(view, where, dim)
             scores = jnp.einsum(f"whnd,wh{lie}->whns", packed[row], k, preferred_element_type=jnp.float32)
             if view.k_scales is not None:
                 scores = scores * _scales(view.k_scales, where)

@@ -180,8 +180,9 @@ class Pages:
         k, v = self.codes
         if layout == "transposed":
             pages = jnp.asarray(np.ascontiguousarray(k.swapaxes(2, 3))), jnp.asarray(v)
-        elif layout == "rows":
-            pages = jnp.asarray(k), jnp.asarray(v)
+        elif layout in ("rows", "padded"):
+            lanes = -self.case.dim % 128 if layout == "padded" else 0
+            pages = tuple(jnp.asarray(np.pad(x, ((0, 0), (0, 0), (0, 0), (0, lanes)))) for x in (k, v))
         else:
             pages = jnp.asarray(np.concatenate([k, v], -1)), None
         scales = [jnp.asarray(x) if self.scaled else None for x in self.scales]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ..batch import Batch
 from ..blockwise import Blockwise
+from ...pallas_kernels.attention.spec import LANES
 from ..ops import AttentionSpec, Backend, Layout, PagedView, attention
 
 QUANTISED = ("int8", "float8_e4m3fn")
@@ -56,8 +57,9 @@ class PagedKV:
         layout = backends[0].layout(head_dim)
         if layout == "transposed":
             shapes = ((M, kv_heads, head_dim, page_size), (M, kv_heads, page_size, head_dim))
-        elif layout == "rows":
-            shapes = ((M, kv_heads, page_size, head_dim),) * 2
+        elif layout in ("rows", "padded"):
+            lanes = head_dim if layout == "rows" else -(-head_dim // LANES) * LANES
+            shapes = ((M, kv_heads, page_size, lanes),) * 2
         else:
             shapes = ((M, kv_heads, page_size, 2 * head_dim), None)
         k, v = (None if shape is None else jnp.zeros(shape, dtype) for shape in shapes)
@@ -87,6 +89,8 @@ class PagedKV:
                 k_scales=self.k_scales.at[*at, slots].set(k_scale, mode="promise_in_bounds"),
                 v_scales=self.v_scales.at[*at, slots].set(v_scale, mode="promise_in_bounds"),
             )
+        if self.layout == "padded":
+            k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, self.k.shape[3] - x.shape[2]))) for x in (k, v))
         if self.v is None:
             k = jnp.concatenate([k, v], -1)
         else:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 NEG_INF = -1e30
 WORD = 32
 
-Layout = Literal["transposed", "rows", "paired"]
+Layout = Literal["transposed", "rows", "padded", "paired"]
+LANES = 128
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class PagedView:
 
     - "transposed" k_pages [M,Hkv,D,ps], v_pages [M,Hkv,ps,D]: on CPU the product with a query then streams
     - "rows"       both [M,Hkv,ps,D]: on TPU and GPU a write of one token is then contiguous
-    - "paired"     k_pages [M,Hkv,ps,2D], v_pages None: a token's key, then its value, in one row; on TPU a row has
-      128 lanes, so heads of 64 would waste half of it otherwise
+    - "padded"     the same with zeros behind D up to a multiple of 128: the lanes of a TPU, which takes that memory
+      anyway; left to itself XLA stores such arrays another way round and copies them for the kernel
+    - "paired"     k_pages [M,Hkv,ps,2D], v_pages None: a token's key, then its value, in one row; heads of 64 would
+      waste half of the lanes otherwise
 
     int8 and float8 pages come with f32 scales [M,Hkv,ps], one for each token and head: k = codes * scale.
     """
@@ -85,11 +88,6 @@ class PagedView:
     @property
     def kv_heads(self) -> int:
         return self.k_pages.shape[1]
-
-    @property
-    def head_dim(self) -> int:
-        at, share = (2, 1) if self.layout == "transposed" else (3, 2 if self.layout == "paired" else 1)
-        return self.k_pages.shape[at] // share
 
     def rows(self, start: int, stop: int) -> PagedView:
         return replace(self, table=self.table[start:stop], lengths=self.lengths[start:stop])
@@ -124,7 +122,7 @@ class Tree:
         word = words[0]
         for index in range(1, len(words)):
             word = jnp.where(slots >= index * WORD, words[index], word)
-        return (slots < 0) | ((word >> (slots % WORD)) & 1 == 1)
+        return (slots < 0) | ((word >> (slots & (WORD - 1))) & 1 == 1)
 
 
 class Backend(Protocol):
