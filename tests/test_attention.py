@@ -1,90 +1,187 @@
-"""The blockwise op equals its specification (`attention.ops.dense`) on ragged paged batches."""
+"""The attention op: plain back ends compute the shared cases; partial results merge; sinks; who refuses what."""
+
+import itertools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenloom.attention.blockwise import Blockwise
-from tokenloom.attention.ops import AttentionSpec, PagedView, dense, merge
+from tokenloom.attention.ops import AttentionSpec, attention, dense, merge, with_sinks
+from tokenloom.tests import attention_cases as cases
 
-PAGE, WIDTH, HEADS, KV_HEADS, DIM = 4, 6, 4, 2, 8
-SPECS = {
-    "causal": AttentionSpec(0.3),
-    "window": AttentionSpec(0.3, window=5),
-    "softcap": AttentionSpec(0.8, softcap=1.5),
-}
-
-
-def texts(lengths):
-    draw = np.random.default_rng(0)
-    return [
-        tuple(draw.standard_normal((n, KV_HEADS, DIM)).astype(np.float32) for _ in range(2)) for n in lengths
-    ]
-
-
-def paged(drawn, lengths, transposed):
-    """The same keys and values in shuffled pages; pages that nobody owns hold numbers that would show."""
-    table = np.zeros((len(lengths), WIDTH), np.int32)
-    k_pages = np.full((1 + WIDTH * len(lengths), KV_HEADS, PAGE, DIM), 50.0, np.float32)
-    v_pages = k_pages.copy()
-    free = list(np.random.default_rng(1).permutation(np.arange(1, len(k_pages))))
-    for row, (k, v) in enumerate(drawn):
-        for at in range(0, len(k), PAGE):
-            page = table[row, at // PAGE] = free.pop()
-            part = k[at : at + PAGE]
-            k_pages[page, :, : len(part)] = part.transpose(1, 0, 2)
-            v_pages[page, :, : len(part)] = v[at : at + PAGE].transpose(1, 0, 2)
-    if transposed:
-        k_pages = np.ascontiguousarray(k_pages.transpose(0, 1, 3, 2))
-    return PagedView(
-        jnp.asarray(k_pages),
-        jnp.asarray(v_pages),
-        jnp.asarray(table),
-        jnp.asarray(lengths),
-        layout="transposed" if transposed else "rows",
-    )
+# Odd settings: blocks and steps that do not divide anything, of one, and larger than everything.
+TWINS = (
+    Blockwise(),
+    Blockwise(query_block=5, pages_a_step=3, lie="rows"),
+    Blockwise(query_block=1, pages_a_step=1, lie="paired"),
+    Blockwise(query_block=1000, pages_a_step=64, lie="transposed"),
+    Blockwise(query_block=16, pages_a_step=2, lie="paired"),
+)
+EVERYWHERE = {"llama-prompt-fp8", "chunks-and-window", "tree-of-7"}
+PAIRS = [
+    pytest.param(case, twin, id=f"{case}-{twin.lie}-{twin.query_block}-{twin.pages_a_step}")
+    for index, case in enumerate((*cases.CASES, *(cases.drawn(seed) for seed in range(4))))
+    for place, twin in enumerate(TWINS)
+    if place == index % len(TWINS) or (case.name in EVERYWHERE and place < 3)
+]
+SPEC = AttentionSpec(0.3)
+partly, merging = jax.jit(dense, static_argnames="spec"), jax.jit(merge)
 
 
-def same(got, expected):
-    np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
-    np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
+@pytest.mark.parametrize("case, twin", PAIRS)
+def test_blockwise(case, twin):
+    cases.check(twin, case)
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("name", sorted(SPECS))
-def test_rows_equal_dense(name, transposed):
-    lengths, spec, n = [1, 4, 17, 0, 24], SPECS[name], 1
-    drawn = texts(lengths)
-    q = np.random.default_rng(2).standard_normal((5, n, HEADS, DIM)).astype(np.float32)
-    out, lse = jax.jit(lambda q, view: Blockwise().rows(q, view, spec))(q, paged(drawn, lengths, transposed))
-    for row, (k, v) in enumerate(drawn):
-        if not lengths[row]:
-            assert not np.any(out[row]) and np.all(np.isneginf(lse[row]))
-            continue
-        same((out[row], lse[row]), dense(q[row], k, v, np.array([len(k) - 1]), np.arange(len(k)), spec))
+@pytest.mark.parametrize(
+    "spec", [SPEC, AttentionSpec(0.9, window=7, softcap=2.0), AttentionSpec(0.3, chunk=6)]
+)
+def test_dense_is_the_definition(spec):
+    q, k, v = texts(11, 29)
+    sees = cases.text_sees(spec, 29, 11)
+    expected = cases.softmax_attention(q, k, v, sees, spec)
+    same(dense(q, k, v, np.arange(18, 29), np.arange(29), spec), expected)
+    hidden = np.arange(29)[None, :] % 3 > 0
+    expected = cases.softmax_attention(q, k, v, sees & hidden, spec)
+    same(dense(q, k, v, np.arange(18, 29), np.arange(29), spec, jnp.asarray(hidden)), expected)
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("name", sorted(SPECS))
-def test_prompts_equal_dense(name, transposed):
-    lengths, counts, spec = [9, 0, 20, 5], [9, 0, 7, 1], SPECS[name]
-    drawn = texts(lengths)
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    q = np.random.default_rng(3).standard_normal((24, HEADS, DIM)).astype(np.float32)
-    view = paged(drawn, lengths, transposed)
-    out, lse = jax.jit(lambda q, view, at: Blockwise().prompt(q, view, at, spec))(q, view, starts)
-    for row, (k, v) in enumerate(drawn):
-        at = slice(starts[row], starts[row + 1])
-        if counts[row]:
-            positions = np.arange(lengths[row] - counts[row], lengths[row])
-            same((out[at], lse[at]), dense(q[at], k, v, positions, np.arange(len(k)), spec))
+def texts(queries, tokens, heads=4, kv_heads=2, dim=8):
+    draw = np.random.default_rng(tokens)
+    shapes = (queries, heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, dim)
+    return tuple(draw.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-def test_partial_results_merge():
-    (k, v), spec = texts([20])[0], AttentionSpec(0.3)
-    q, at = np.random.default_rng(4).standard_normal((3, HEADS, DIM)).astype(np.float32), np.array([3, 9, 19])
-    whole = dense(q, k, v, at, np.arange(20), spec)
-    # The first query sees nothing of the second half: an empty part changes nothing.
-    halves = [dense(q, k[s], v[s], at, np.arange(20)[s], spec) for s in (slice(0, 8), slice(8, 20))]
-    same(merge(*halves), whole)
-    same(merge(*halves[::-1]), whole)
+def same(got, expected, tolerance=1e-5):
+    np.testing.assert_allclose(got[0], expected[0], atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(got[1], expected[1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("cuts", [(0,), (1,), (19,), (20,), (7, 8), (3, 3, 11), tuple(range(1, 20))])
+def test_keys_split_anywhere_merge_to_the_whole(cuts):
+    q, k, v = texts(3, 20)
+    at = np.array([3, 9, 19])  # the first query sees nothing of the later parts
+    whole = cases.softmax_attention(q, k, v, np.arange(20)[None, :] <= at[:, None], SPEC)
+    bounds, parts = [0, *cuts, 20], []
+    for start, stop in itertools.pairwise(bounds):
+        mine = (np.arange(20) >= start) & (np.arange(20) < stop)
+        parts.append(partly(q, k, v, at, np.where(mine, np.arange(20), -1), SPEC))
+    for ordered in (parts, parts[::-1], parts[1:] + parts[:1]):
+        merged = ordered[0]
+        for part in ordered[1:]:
+            merged = merging(merged, part)
+        same(merged, whole)
+
+
+def test_merge_with_nothing_changes_no_bit():
+    q, k, v = texts(3, 20)
+    part = partly(q, k, v, np.array([3, 9, 19]), np.arange(20), SPEC)
+    nothing = jnp.zeros((3, 4, 8)), jnp.full((3, 4), -jnp.inf)
+    for merged in (merging(part, nothing), merging(nothing, part)):
+        np.testing.assert_array_equal(merged[0], part[0])
+        np.testing.assert_array_equal(merged[1], part[1])
+    out, lse = merging(nothing, nothing)
+    assert not np.any(out) and np.all(np.isneginf(lse))
+
+
+def test_merge_keeps_distant_parts_apart():
+    """Parts whose lse lie 1e4 apart: the exponential of their difference must not overflow."""
+    a = jnp.ones((1, 1, 4)), jnp.full((1, 1), -5e3)
+    b = jnp.full((1, 1, 4), 2.0), jnp.full((1, 1), 5e3)
+    for merged in (merge(a, b), merge(b, a)):
+        same(merged, b)
+
+
+def test_sinks_take_weight_and_have_no_value():
+    q, k, v = texts(4, 20)
+    at, sinks = np.array([0, 3, 9, 19]), np.array([-3.0, 0.0, 1.5, 6.0])
+    sees = np.arange(20)[None, :] <= at[:, None]
+    _, lse, probabilities = cases.softmax_attention(q, k, v, sees, SPEC)
+    total = np.log(np.exp(lse) + np.exp(sinks))
+    weights = probabilities * np.exp(lse - total)[..., None]
+    out = np.einsum("nhs,shd->nhd", weights, np.repeat(v, 2, axis=1))
+    np.testing.assert_allclose(weights.sum(-1) + np.exp(sinks - total), 1)
+    same(with_sinks(*dense(q, k, v, at, np.arange(20), SPEC), jnp.asarray(sinks, jnp.float32)), (out, total))
+
+
+def test_a_sink_is_all_that_an_idle_row_sees():
+    case = next(case for case in cases.CASES if case.name == "all-rows-empty")
+    problem, sinks = cases.build(case, "rows"), jnp.arange(4.0)
+    program = jax.jit(lambda q, view: attention(q, view, SPEC, (Blockwise(lie="rows"),), sinks=sinks))
+    out, lse = program(problem.q, problem.view)
+    assert not np.any(out)
+    np.testing.assert_allclose(lse, np.broadcast_to(np.arange(4.0), (2, 1, 4)))
+
+
+@dataclass(frozen=True)
+class Picky(Blockwise):
+    """Refuses one part, and says why."""
+
+    refuses: str = "rows"
+
+    def rows(self, q, view, spec, tree=None):
+        if self.refuses == "rows":
+            raise NotImplementedError("no rows today")
+        return super().rows(q, view, spec, tree)
+
+    def prompt(self, q, view, query_starts, spec):
+        if self.refuses == "prompt":
+            raise NotImplementedError("prompts on Mondays only")
+        return super().prompt(q, view, query_starts, spec)
+
+
+@dataclass(frozen=True)
+class Wrong(Blockwise):
+    """Must never be asked."""
+
+    def rows(self, q, view, spec, tree=None):
+        raise AssertionError("a later back end was tried although an earlier one accepts")
+
+    prompt = rows
+
+
+@pytest.mark.parametrize("name", ["window-1", "pages-of-4-prompt"])
+def test_back_ends_are_tried_in_order(name):
+    case = next(case for case in cases.CASES if case.name == name)
+    problem = cases.build(case, "transposed")
+    refused = "rows" if problem.query_starts is None else "prompt"
+    accepts = "prompt" if refused == "rows" else "rows"
+
+    def tried(*backends):
+        return attention(problem.q, problem.view, case.spec, backends, query_starts=problem.query_starts)
+
+    same(tried(Picky(refuses=refused), Picky(refuses=accepts), Wrong()), (problem.out, problem.lse))
+    with pytest.raises(NotImplementedError) as raised:
+        tried(Picky(refuses=refused), Picky(refuses=refused, query_block=3))
+    reason = "no rows today" if refused == "rows" else "prompts on Mondays only"
+    assert str(raised.value).count(f"Picky: {reason}") == 2
+    with pytest.raises(NotImplementedError):
+        tried()
+
+
+def test_errors_are_not_refusals():
+    """A mistake in the input must not send the case on to the next back end."""
+
+    class Mistaken(Blockwise):
+        def rows(self, q, view, spec, tree=None):
+            raise ValueError("q has 3 heads, the pages 2: pass a multiple")
+
+    problem = cases.build(cases.CASES[0], "transposed")
+    with pytest.raises(ValueError, match="pass a multiple"):
+        attention(problem.q, problem.view, SPEC, (Mistaken(), Wrong()))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(window=0), "window=0"),
+        (dict(window=-4), "window=-4"),
+        (dict(chunk=0), "chunk=0"),
+        (dict(chunk=4, causal=False), "causal=True"),
+    ],
+)
+def test_masks_that_mean_nothing_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        AttentionSpec(0.3, **settings)
