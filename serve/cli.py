@@ -1,4 +1,4 @@
-"""The command line: generate, chat, info, bench, batch, serve, watch, timeline."""
+"""The command line: generate, chat, info, bench, tune, batch, serve, watch, timeline."""
 
 from __future__ import annotations
 
@@ -65,10 +65,29 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeat", type=int, default=3)
     bench.set_defaults(run=_bench)
 
+    _tune_options(commands)
     _batch_options(commands)
     _serve_options(commands)
     _telemetry_options(commands)
     return top
+
+
+def _tune_options(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune", help="measure tiles of the attention kernels on this device; engines use them from then on"
+    )
+    tune.add_argument("--model", help="a folder, a hub name, or demo: its attention layers")
+    tune.add_argument("--heads", type=int, default=32, help="without --model: query heads")
+    tune.add_argument("--kv-heads", type=int, default=8)
+    tune.add_argument("--head-dim", type=int, default=128)
+    tune.add_argument("--dtype", help="dtype of the model; default: what suits the device")
+    tune.add_argument("--kv-dtype", help="dtype of the pages, such as int8; default: the model's")
+    tune.add_argument("--page-size", type=int, help="default: the engine's")
+    tune.add_argument("--max-model-len", type=int, help="default: the model's, or 4096")
+    tune.add_argument("--max-num-seqs", type=int, default=8)
+    tune.add_argument("--max-num-batched-tokens", type=int, default=512)
+    tune.add_argument("--quick", action="store_true", help="one decode and the largest chunk, two rounds")
+    tune.set_defaults(run=_tune)
 
 
 def _batch_options(commands: Any) -> None:
@@ -212,6 +231,17 @@ def _bench(arguments: argparse.Namespace) -> int:
             llm, arguments.batch, arguments.prompt_len, arguments.output_len, arguments.repeat
         ):
             print(line)
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from .tune import run
+
+    run(
+        arguments.model, (arguments.heads, arguments.kv_heads, arguments.head_dim), arguments.dtype,
+        arguments.kv_dtype, arguments.page_size, arguments.max_model_len, arguments.max_num_seqs,
+        arguments.max_num_batched_tokens, arguments.quick,
+    )  # fmt: skip
     return 0
 
 

@@ -118,7 +118,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
                 raise TypeError("an entry names a kernel and has tiles")
             _made(Case, one["case"], 1)
         return table["entries"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _broken(path, error) from None

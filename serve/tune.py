@@ -1,0 +1,305 @@
+"""`tokenloom tune`: measure tiles of the attention kernels on the device at hand, and remember the best.
+
+A case (`Case`) is tried on several calls, which differ in batch and in lengths, because one choice serves them all: a
+row's result must not depend on its batch. A candidate's score is the geometric mean of its times over the heuristic's.
+One field of the tiles is searched after the other, all its candidates in turn in each round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from ..attention.backends import backends
+from ..attention.blockwise import Blockwise
+from ..attention.ops import Backend
+from ..model.config import AttentionConfig, ModelConfig
+from ..pallas_kernels.attention.tiles import Case, TpuTiles, TritonTiles, TwinTiles
+from ..pallas_kernels.attention.tpu import TpuKernels
+from ..pallas_kernels.attention.tuned import Tuned, save, tiles_folder
+from ..pallas_kernels.chips import Chip
+from .build import choose_length, choose_numerics, pool_bytes, usual_page_size
+from .programs import BucketPlan
+from .workload import Heads, Inputs, Work, side_by_side
+
+PLATFORMS = ("cpu", "tpu", "gpu", "cuda", "rocm")
+# A choice must beat the heuristic by this much: below it the noise decides.
+MARGIN = 0.03
+# Candidates that take this many times as long as the best of a round are not measured again.
+SLACK = 1.5
+
+Tiles = TwinTiles | TpuTiles | TritonTiles
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the engine will be built with: tokens a sequence, sequences, tokens a step."""
+
+    max_model_len: int = 4096
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if min(self.max_model_len, self.max_num_seqs, self.max_num_batched_tokens) < 1:
+            raise ValueError(f"{self} must have sizes of at least 1")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tiles for a case. `ratio`: their time over the heuristic's, the geometric mean of `works`; `seconds`: of each
+    work, with the tiles chosen. `reason`: why the kernel cannot do the case; there are no tiles then."""
+
+    case: Case
+    works: tuple[Work, ...]
+    heuristic: Tiles
+    best: Tiles | None
+    ratio: float = 1.0
+    seconds: tuple[float, ...] = ()
+    reason: str = ""
+
+
+def model_heads(config: ModelConfig, page_size: int, dtype: str, kv_dtype: str) -> list[Heads]:
+    """The different attention layers of a model; ValueError when it has none."""
+    mixers = [block.mixer for block in config.blocks if isinstance(block.mixer, AttentionConfig)]
+    if not mixers:
+        raise ValueError(f"{config.model_type} has no attention layer: there is nothing to tune")
+    shapes = dict.fromkeys((m.heads, m.kv_heads, m.head_dim) for m in mixers)
+    return [Heads(*shape, page_size, dtype, kv_dtype) for shape in shapes]
+
+
+def works(heads: Heads, sizes: Sizes, quick: bool) -> list[tuple[Work, ...]]:
+    """What is timed, one tuple a case: decodes of one sequence and of all, and prompts in each chunk size, fresh and
+    far into a text. Texts are as long as memory allows, at most `max_model_len`."""
+    width, seats = -(-sizes.max_model_len // heads.page_size), sizes.max_num_seqs
+    room = pool_bytes() // (4 * heads.token_bytes)
+
+    def fitting(length: int, count: int = 1) -> int:
+        return max(1, min(length, sizes.max_model_len, room // count))
+
+    long, short = fitting(sizes.max_model_len, seats), fitting(max(1, sizes.max_model_len // 8), seats)
+    decodes = [Work("rows", (long,) * seats, width)]
+    if not quick:
+        decodes += [Work("rows", (short,) * seats, width), Work("rows", (long,), width)]
+        # One long text among short ones: the longest must not decide how long all take.
+        decodes += [Work("rows", (long, *(short,) * (seats - 1)), width)] if seats > 1 else []
+    found = [tuple(decodes)]
+    chunks = [
+        size
+        for size in BucketPlan.make(seats, sizes.max_num_batched_tokens).chunks
+        if size <= sizes.max_model_len
+    ]
+    for chunk in chunks[-1:] if quick else chunks:
+        far = fitting(chunk + sizes.max_model_len // 2)
+        fresh, late = (Work("prompt", (length,), width, chunk) for length in (chunk, max(chunk, far)))
+        found.append((fresh,) if quick or far <= chunk else (fresh, late))
+    return found
+
+
+def fields(kind: type[Tiles], part: str) -> tuple[str, ...]:
+    """The fields of these tiles that matter to a part, in the order in which they are searched."""
+    rows = part == "rows"
+    if kind is TwinTiles:
+        return ("pages",) if rows else ("queries",)
+    if kind is TpuTiles:
+        return ("pages", "segment") if rows else ("queries", "pages")
+    return ("keys", "segment", "warps", "stages") if rows else ("queries", "keys", "warps", "stages")
+
+
+def candidates(tiles: Tiles, name: str, case: Case, chip: Chip) -> list[Tiles]:
+    """These tiles, and with one field changed: what a step of them needs fits in the chip's memory."""
+    values = [value for value in _values(tiles, name, case, chip) if value != getattr(tiles, name)]
+    return [tiles, *(other for value in values if fits(other := replace(tiles, **{name: value}), case, chip))]
+
+
+def _values(tiles: Tiles, name: str, case: Case, chip: Chip) -> list[int]:
+    size, tokens = case.page_size, max(16, case.tokens)
+    if isinstance(tiles, TwinTiles):
+        return _doubling(1, 32) if name == "pages" else _doubling(16, min(512, tokens))
+    if isinstance(tiles, TpuTiles):
+        if name == "pages":
+            return _doubling(1, max(1, min(case.width, 2048 // size)))
+        if name == "queries":
+            return _doubling(8, min(512, tokens))
+        step = tiles.pages * size
+        lengths = (2048, 4096, 8192, 16384) if chip.cores > 1 else ()
+        return [0, *(-(-length // step) * step for length in lengths)]
+    return {
+        "keys": [keys for keys in _doubling(16, 256) if size % keys == 0],
+        "segment": [length for length in _doubling(128, 4096) if length % tiles.keys == 0],
+        "queries": _doubling(max(1, 16 // case.group), max(1, 256 // case.group)),
+        "warps": _doubling(1, 8),
+        "stages": [1, 2, 3, 4],
+    }[name]
+
+
+def fits(tiles: Tiles, case: Case, chip: Chip) -> bool:
+    """Whether the estimate of what a step needs is within the chip's fast memory."""
+    if isinstance(tiles, TpuTiles):
+        return tiles.vmem_bytes(case) <= chip.memory
+    return True
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    return [first << i for i in range(32) if first << i <= last]
+
+
+def kind_of(backend: Backend) -> type[Tiles]:
+    """The tiles that a back end has; ValueError when it has none."""
+    for kernel, kind in ((Blockwise, TwinTiles), (TpuKernels, TpuTiles)):
+        if isinstance(backend, kernel):
+            return kind
+    raise ValueError(f"{type(backend).__name__} has no tiles to tune")
+
+
+def tune_case(backend: Backend, chip: Chip, heads: Heads, calls: tuple[Work, ...], rounds: int) -> Choice:
+    """Search the tiles of one case: see the head of this file."""
+    case, kind = calls[0].case(heads), kind_of(backend)
+    heuristic = best = kind.choose(case, chip)
+    layout = backend.layout(heads.head_dim)
+    bench = _Bench(
+        backend, case, heads, [Inputs(work, heads, layout, _copies(work, heads)) for work in calls]
+    )
+    try:
+        bench.times([heuristic], rounds=0)
+    except NotImplementedError as reason:
+        return Choice(case, calls, heuristic, None, reason=str(reason))
+    for name in fields(kind, case.part):
+        others = candidates(best, name, case, chip)
+        if len(others) > 1:
+            best = others[min(range(len(others)), key=bench.scores(others, rounds).__getitem__)]
+    if best == heuristic:
+        return Choice(case, calls, heuristic, heuristic, 1.0, tuple(bench.times([heuristic], rounds)[0]))
+    before, after = bench.times([heuristic, best], rounds)
+    ratio = _ratio(after, before)
+    if ratio > 1 - MARGIN:
+        return Choice(case, calls, heuristic, heuristic, 1.0, tuple(before))
+    return Choice(case, calls, heuristic, best, ratio, tuple(after))
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The calls of one case, with their inputs on the device."""
+
+    backend: Any
+    case: Case
+    heads: Heads
+    inputs: list[Inputs]
+
+    def times(self, tiles: Sequence[Tiles], rounds: int) -> list[list[float]]:
+        """Seconds [tiles][work], side by side. Candidates that the compiler or the kernel refuses take forever,
+        unless it is the first one: the error comes through."""
+        columns = []
+        for one in self.inputs:
+            calls = [self._call(one, choice, first=index == 0) for index, choice in enumerate(tiles)]
+            taken = iter(side_by_side([call for call in calls if call is not None], rounds, slack=SLACK))
+            columns.append([math.inf if call is None else next(taken) for call in calls])
+        return [list(row) for row in zip(*columns)]
+
+    def scores(self, tiles: Sequence[Tiles], rounds: int) -> list[float]:
+        """The mean ratio of each to the first."""
+        times = self.times(tiles, rounds)
+        return [_ratio(row, times[0]) for row in times]
+
+    def _call(self, one: Inputs, tiles: Tiles, first: bool):
+        backend = replace(self.backend, tuned=Tuned(((self.case, tiles),)))
+        try:
+            return one.caller(backend, self.heads.spec())
+        except (NotImplementedError, jax.errors.JaxRuntimeError):
+            if first:
+                raise
+            return None
+
+
+def _ratio(times: Sequence[float], before: Sequence[float]) -> float:
+    """The geometric mean of times over those before."""
+    return math.exp(sum(math.log(a / b) for a, b in zip(times, before)) / len(before))
+
+
+def _copies(work: Work, heads: Heads) -> int:
+    """Sets of pages, so that caches of up to 64 MiB hold no call's pages until their next turn."""
+    return max(
+        1,
+        min(16, -(-(128 << 20) // max(1, work.kv_bytes(heads))), pool_bytes() // (4 * work.kv_bytes(heads))),
+    )
+
+
+def tune(shapes: Sequence[Heads], sizes: Sizes, folder: Path, quick: bool, console: Console) -> list[Choice]:
+    """Measure every case of these layers on the default device, print a table, and save what was found.
+
+    ValueError when the device has no tiles, or the table in `folder` cannot be written.
+    """
+    device = jax.devices()[0]
+    if device.platform not in PLATFORMS:
+        raise ValueError(
+            f"{device.platform} has no attention kernels to tune; there are some for {', '.join(PLATFORMS)}"
+        )
+    chip, rounds = Chip.of(device), 2 if quick else 5
+    backend = backends(chip)[0]
+    kind_of(backend)
+    save(folder, chip, [])  # a table that cannot be written says so now
+    console.print(f"{type(backend).__name__} on {device.device_kind} ({chip.name}), {sizes}")
+    choices = []
+    for heads in shapes:
+        for calls in works(heads, sizes, quick):
+            with console.status(
+                f"{heads.heads}/{heads.kv_heads} heads of {heads.head_dim}: {', '.join(map(str, calls))}"
+            ):
+                choices.append(tune_case(backend, chip, heads, calls, rounds))
+    console.print(as_table(choices))
+    measured = [
+        (one.case, one.best, {"ratio": round(one.ratio, 4), "seconds": max(one.seconds)})
+        for one in choices
+        if one.best
+    ]
+    path = save(folder, chip, measured)
+    better = sum(one.best is not None and one.best != one.heuristic for one in choices)
+    console.print(f"{len(measured)} cases measured, {better} better than the heuristic; saved in {path}")
+    return choices
+
+
+def as_table(choices: Sequence[Choice]) -> Table:
+    """The heuristic beside the best of each case."""
+    table = Table(
+        "heads", "dtype", "works", "heuristic", "best", "ms", "time / heuristic", header_style="bold"
+    )
+    for one in choices:
+        case = one.case
+        table.add_row(
+            f"{case.kv_heads * case.group}/{case.kv_heads} x {case.head_dim}",
+            case.kv_dtype,
+            "\n".join(map(str, one.works)),
+            _shown(one.heuristic, case),
+            one.reason if one.best is None else "=" if one.best == one.heuristic else _shown(one.best, case),
+            "\n".join(f"{seconds * 1e3:.3f}" for seconds in one.seconds),
+            "" if one.best is None else f"{one.ratio:.2f}",
+        )
+    return table
+
+
+def _shown(tiles: Tiles, case: Case) -> str:
+    return " ".join(f"{name}={getattr(tiles, name)}" for name in fields(type(tiles), case.part))
+
+
+def run(
+    model: str | None, heads: tuple[int, int, int], dtype: str | None, kv_dtype: str | None, page_size: int | None,
+    max_model_len: int | None, seats: int, tokens: int, quick: bool,
+) -> list[Choice]:  # fmt: skip
+    """The command: layers from a model's config, or (heads, KV heads, head dim); sizes as the engine's."""
+    from ..model import checkpoint
+
+    config = None if model is None else checkpoint.load_config(checkpoint.resolve(model))[1]
+    numerics = choose_numerics(dtype, "bfloat16" if config is None else config.dtype)
+    length = max_model_len or (4096 if config is None else choose_length(config, None))
+    size, name = page_size or usual_page_size(length), numerics.dtype.name
+    if config is None:
+        shapes = [Heads(*heads, size, name, kv_dtype or name)]
+    else:
+        shapes = model_heads(config, size, name, kv_dtype or name)
+    return tune(shapes, Sizes(length, seats, tokens), tiles_folder(), quick, Console())
