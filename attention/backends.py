@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from ..pallas_kernels.attention.tiles import TwinTiles
+from ..pallas_kernels.attention.tiles import TpuTiles, TwinTiles
+from ..pallas_kernels.attention.tpu import TpuKernels
 from ..pallas_kernels.attention.tuned import Tuned, load
 from ..pallas_kernels.chips import Chip
 from .blockwise import Blockwise
@@ -25,4 +26,6 @@ def backends(chip: Chip, measured: Path | None = None) -> tuple[Backend, ...]:
 
     if chip.platform == "cpu":
         return (Blockwise(tuned=tuned(TwinTiles)),)
+    if chip.platform == "tpu":
+        return (TpuKernels(chip, tuned=tuned(TpuTiles)), Blockwise(lie="rows"))
     return (Blockwise(lie="rows"),)

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..chips import Chip
 from .spec import LANES, NEG_INF, AttentionSpec, Layout, PagedView, Tree
 from .tiles import Case, TpuTiles
+from .tuned import Tuned
 from .worklist import Ranges, Steps, flatten, prompt_ranges, row_ranges
 
 FIRST, LAST, OWNER, ROOT, WORDS = range(5)
@@ -28,12 +29,13 @@ FIRST, LAST, OWNER, ROOT, WORDS = range(5)
 
 @dataclass(frozen=True)
 class TpuKernels:
-    """`interpret` runs the kernel on CPU: True, or `pltpu.InterpretParams` (memory spaces, races). `tiles` overrides
-    the choice, for measuring."""
+    """`interpret` runs the kernel on CPU: True, or `pltpu.InterpretParams` (memory spaces, races). Tiles are the
+    `tuned` ones of the nearest case, or a heuristic's; `tiles` overrides both, for measuring."""
 
     chip: Chip
     interpret: bool | pltpu.InterpretParams = False
     tiles: TpuTiles | None = None
+    tuned: Tuned[TpuTiles] = Tuned()
 
     def layout(self, head_dim: int) -> Layout:
         if 2 * head_dim == LANES:
@@ -99,7 +101,9 @@ class TpuKernels:
             part, tokens, view.kv_heads, q.shape[-2] // view.kv_heads, q.shape[-1], size, view.table.shape[1],
             q.dtype.name, kv_dtype.name,
         )  # fmt: skip
-        tiles = self.tiles or TpuTiles.choose(case, self.chip)
+        tiles = self.tiles or self.tuned.lookup(case)
+        if tiles is None or (self.tiles is None and tiles.vmem_bytes(case) > self.chip.memory):
+            tiles = TpuTiles.choose(case, self.chip)
         if tiles.vmem_bytes(case) > self.chip.memory:
             raise NotImplementedError(
                 f"{tiles} need {tiles.vmem_bytes(case) >> 20} MiB of VMEM; {self.chip.name} has "
