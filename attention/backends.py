@@ -8,7 +8,7 @@ from typing import TypeVar
 from ..pallas_kernels.attention.tiles import TpuTiles, TwinTiles
 from ..pallas_kernels.attention.tpu import TpuKernels
 from ..pallas_kernels.attention.tuned import Tuned, load
-from ..pallas_kernels.chips import Chip
+from ..pallas_kernels.chips import TPUS, Chip
 from .blockwise import Blockwise
 from .ops import Backend
 
@@ -29,3 +29,14 @@ def backends(chip: Chip, measured: Path | None = None) -> tuple[Backend, ...]:
     if chip.platform == "tpu":
         return (TpuKernels(chip, tuned=tuned(TpuTiles)), Blockwise(lie="rows"))
     return (Blockwise(lie="rows"),)
+
+
+def named(name: str, chip: Chip) -> tuple[Backend, ...]:
+    """Only the back end "blockwise" or "tpu". Kernels for another chip than this one run interpreted: slowly, for
+    tests and for writing kernels on a laptop."""
+    if name == "blockwise":
+        return (Blockwise(lie="transposed" if chip.platform == "cpu" else "rows"),)
+    if name == "tpu":
+        here = chip.platform == "tpu"
+        return (TpuKernels(chip if here else TPUS["TPU v5e"], interpret=not here),)
+    raise ValueError(f"attention_backend {name!r} is not known; choose blockwise or tpu, or None")

@@ -20,7 +20,9 @@ from ..pallas_kernels.attention.tuned import Tuned
 
 
 def _read(view: PagedView, where: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, str]:
-    """Pages `where` i32[W] of heads of size `dim` in float32: keys, values [W,Hkv,ps,D], and how keys lie in an einsum ("ds" or "sd").
+    """Pages `where` i32[W] of heads of size `dim` in float32.
+
+    Returns keys, values [W,Hkv,ps,D], and how keys lie in an einsum ("ds" or "sd").
 
     Scales are left for `_scales`: on scores and weights they cost a factor D less.
     """

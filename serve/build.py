@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..attention.backends import backends
+from ..attention.backends import backends, named
 from ..attention.caches.paged import PagedKV
 from ..attention.caches.recurrent import RecurrentState
+from ..attention.ops import Backend
 from ..model import checkpoint
 from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
@@ -32,6 +33,10 @@ from .telemetry.engine import MeasuredEngine
 from .telemetry.recorder import Telemetry
 from .tokenizer import Tokenizer
 
+KV_DTYPES = {
+    "float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "int8": "int8", "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+}  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 # Without a figure from the device: the KV pool takes at most this much unless num_pages says otherwise.
 DEFAULT_POOL_BYTES = 2 << 30
@@ -54,12 +59,30 @@ class Build:
     policy: Policy | None = None
     telemetry: Telemetry | None = None
     overlap: bool | None = None
+    attention_backend: str | None = None
+    kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.kv_cache_dtype is not None and self.kv_cache_dtype not in KV_DTYPES:
+            known = ", ".join(KV_DTYPES)
+            raise ValueError(
+                f"kv_cache_dtype {self.kv_cache_dtype!r} is not known; choose one of {known}, or None"
+            )
+
+    def kv_dtype(self, computed: jnp.dtype) -> jnp.dtype:
+        """How keys and values are stored, where activations are `computed` in."""
+        return computed if self.kv_cache_dtype is None else jnp.dtype(KV_DTYPES[self.kv_cache_dtype])
+
+    def backends(self) -> tuple[Backend, ...]:
+        """Attention back ends for the default device, in the order in which they are tried."""
+        chip = Chip.of(jax.devices()[0])
+        if self.attention_backend is not None:
+            return named(self.attention_backend, chip)
+        return backends(chip, tiles_folder())
 
 
 def choose_numerics(dtype: str | None, stored: str, platform: str | None = None) -> Numerics:
@@ -182,7 +205,7 @@ def build_engine(
         fused_is_faster()  # measured now: while programs compile in threads, times mean nothing
     length = choose_length(config, build.max_model_len)
     config = with_length(config, length)
-    num_pages, page_size = choose_pages(config, build, length, numerics.dtype)
+    num_pages, page_size = choose_pages(config, build, length, build.kv_dtype(numerics.dtype))
     paged = page_bytes(config, 1, numerics.dtype) > 0
     width = -(-length // page_size) if paged else 0
     budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
@@ -193,8 +216,8 @@ def build_engine(
         graphdef, params = abstract_stacked(config, numerics, period)[0], stack(params, period)
     snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
-        num_pages, page_size, build.max_num_seqs, numerics.dtype,
-        backends(Chip.of(jax.devices()[0]), tiles_folder()), snapshots=snapshots,
+        num_pages, page_size, build.max_num_seqs, numerics.dtype, build.backends(), snapshots,
+        build.kv_dtype(numerics.dtype),
     )  # fmt: skip
     state = jax.jit(lambda: make_state(config, capacity, period))()
     off = no_prefix_cache(state, build, length, page_size, snapshots)

@@ -59,6 +59,10 @@ class LLM:
             and what binds (`serve.telemetry`); a path or a `Telemetry`. None: nothing is measured.
         overlap: read each step while the device runs the next one; None: on. False reads every step at once, which
             is slower and generates the same.
+        attention_backend: "blockwise" (plain JAX) or "tpu"; None: the kernels of the device, then plain JAX.
+            Kernels for another device run interpreted, for tests.
+        kv_cache_dtype: how keys and values are stored: "float32", "bfloat16", "float16", or quantised with a scale
+            for each token and head, "int8" or "fp8"; None: as activations are.
         skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).
 
@@ -72,6 +76,7 @@ class LLM:
         skip_tokenizer_init: bool = False, prefix_cache: bool | None = None,
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
+        attention_backend: str | None = None, kv_cache_dtype: str | None = None,
     ):  # fmt: skip
         bounds = Bounds(max_output_tokens, max_waiting)
         folder = checkpoint.resolve(model)
@@ -82,7 +87,7 @@ class LLM:
         self.folder: Path | None = folder
         build = Build(
             max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
-            prefix_cache, policy, Telemetry.of(telemetry), overlap,
+            prefix_cache, policy, Telemetry.of(telemetry), overlap, attention_backend, kv_cache_dtype,
         )  # fmt: skip
         self._start(str(model), config, numerics, params, tokenizer, build, progress, bounds)
 
@@ -94,6 +99,7 @@ class LLM:
         strict: bool = False, progress: bool = True, prefix_cache: bool | None = None,
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
+        attention_backend: str | None = None, kv_cache_dtype: str | None = None,
     ) -> Self:  # fmt: skip
         """A model with random weights drawn from `seed`: `config` is a ModelConfig or a config.json's dict."""
         bounds = Bounds(max_output_tokens, max_waiting)
@@ -104,7 +110,7 @@ class LLM:
         self.folder = None
         build = Build(
             max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
-            prefix_cache, policy, Telemetry.of(telemetry), overlap,
+            prefix_cache, policy, Telemetry.of(telemetry), overlap, attention_backend, kv_cache_dtype,
         )  # fmt: skip
         params = checkpoint.random_params(config, numerics, seed)
         name = f"{config.model_type} (random)"

@@ -8,9 +8,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ...pallas_kernels.attention.spec import LANES
 from ..batch import Batch
 from ..blockwise import Blockwise
-from ...pallas_kernels.attention.spec import LANES
 from ..ops import AttentionSpec, Backend, Layout, PagedView, attention
 
 QUANTISED = ("int8", "float8_e4m3fn")

@@ -9,7 +9,7 @@ that it overlaps. What a query sees is data: its first and last key, its row, it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -119,7 +119,7 @@ class TpuKernels:
 
         Returns out [slots,Hkv,N,D] in `dtype` and lse f32[slots,Hkv,N].
         """
-        blocks, kv_heads, N, dim = q.shape
+        blocks, _, N, dim = q.shape
         steps = flatten(ranges, slots, size, self.chip.cores)
         rows, lanes = -(-N // 16) * 16, view.k_pages.shape[-1]
         q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - N), (0, lanes - dim)))
