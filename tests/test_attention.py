@@ -17,7 +17,7 @@ TWINS = (
     Blockwise(query_block=5, pages_a_step=3, lie="rows"),
     Blockwise(query_block=1, pages_a_step=1, lie="paired"),
     Blockwise(query_block=1000, pages_a_step=64, lie="transposed"),
-    Blockwise(query_block=16, pages_a_step=2, lie="paired"),
+    Blockwise(query_block=16, pages_a_step=2, lie="padded"),
 )
 EVERYWHERE = {"llama-prompt-fp8", "chunks-and-window", "tree-of-7"}
 PAIRS = [
