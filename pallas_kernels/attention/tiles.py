@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from ..chips import Chip
+from ..chips import Chip, KiB
 from .spec import PagedView
 
 
@@ -79,20 +79,71 @@ class TpuTiles:
 
 @dataclass(frozen=True)
 class TritonTiles:
-    """`queries`: prompt tokens a block; `keys`: keys a step (divides the page); `segment`: tokens of a sequence that
-    one program of a decode takes (a multiple of `keys`); Triton's `warps` and `stages`."""
+    """`queries`: query tokens a block; `keys`: keys a step, a power of two; `segment`: tokens of a sequence that one
+    item of a decode's work takes (a multiple of `keys`), doubled for long ones; Triton's `warps` and `stages`;
+    `programs`: how many of a decode's programs share a multiprocessor."""
 
     queries: int
     keys: int
     segment: int
     warps: int = 4
     stages: int = 2
+    programs: int = 2
 
     @staticmethod
     def choose(case: Case, chip: Chip) -> TritonTiles:
-        del chip
-        keys = min(case.page_size, 64 if case.head_dim > 64 else 128)
-        return TritonTiles(max(1, 128 // case.group), keys, max(512, keys))
+        """About 32 KiB of keys and values a step, less where they do not fit in shared memory with their stages."""
+        size = jnp.dtype(case.kv_dtype).itemsize
+        keys = min(128, max(16, power_of_two(32 * KiB // (2 * case.head_dim * size) + 1) // 2))
+        if case.part == "rows":
+            tiles = TritonTiles(min(case.tokens, max(1, 64 // case.group)), keys, 512, stages=3)
+        else:
+            tiles = TritonTiles(max(1, 128 // case.group), keys, 512, warps=8, stages=3)
+        while tiles.shared_bytes(case) > chip.memory:
+            if tiles.stages > 2:
+                tiles = replace(tiles, stages=tiles.stages - 1)
+            elif tiles.keys > 16:
+                tiles = replace(tiles, keys=tiles.keys // 2)
+            elif tiles.queries > 1:
+                tiles = replace(tiles, queries=tiles.queries // 2)
+            else:
+                break
+        return replace(tiles, programs=max(1, min(4, chip.memory // tiles.shared_bytes(case))))
+
+    def rows(self, group: int) -> int:
+        """Rows of the products: the query heads of a KV head times the queries, padded to what Triton multiplies."""
+        return max(16, power_of_two(self.queries * group))
+
+    def shared_bytes(self, case: Case) -> int:
+        """What a program needs of shared memory: keys and values a stage, and operands that change their layout."""
+        q, kv = jnp.dtype(case.q_dtype).itemsize, jnp.dtype(case.kv_dtype).itemsize
+        rows, wide = self.rows(case.group), q if kv == 1 else max(q, kv)
+        pages = 2 * self.keys * case.head_dim * kv
+        operands = rows * case.head_dim * wide + max(rows, 2 * case.head_dim) * self.keys * wide
+        return self.stages * pages + operands
+
+    def check(self, case: Case, chip: Chip) -> None:
+        """ValueError where the numbers do not go together, NotImplementedError where the chip has too little room."""
+        if (
+            min(asdict(self).values()) < 1
+            or self.keys < 16
+            or self.keys & (self.keys - 1)
+            or self.segment % self.keys
+        ):
+            raise ValueError(
+                f"{self}: keys must be a power of two of at least 16, segment a multiple of keys, the rest at least 1"
+            )
+        needed = self.shared_bytes(case)
+        if needed > chip.memory:
+            raise NotImplementedError(
+                f"{self} needs {needed} bytes of shared memory for head dim {case.head_dim}, and a program of "
+                f"{chip.name} has {chip.memory}"
+            )
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
