@@ -1,0 +1,143 @@
+"""Queries meet pages, in plain JAX: what the plain attention and the probes share.
+
+The query heads of a KV head are packed into the rows of one product: N = n*G rows a KV head, token-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from ..pallas_kernels.attention.spec import AttentionSpec, PagedView, Tree
+
+
+def pack(x: jax.Array, kv_heads: int) -> jax.Array:
+    """x [B,n,Hq,...] -> [B,Hkv,n*G,...]."""
+    B, n, heads, *rest = x.shape
+    return jnp.moveaxis(x.reshape(B, n, kv_heads, heads // kv_heads, *rest), 2, 1).reshape(
+        B, kv_heads, -1, *rest
+    )
+
+
+def unpack(x: jax.Array, n: int) -> jax.Array:
+    """x [B,Hkv,n*G,...] -> [B,n,Hq,...]."""
+    B, kv_heads, _, *rest = x.shape
+    return jnp.moveaxis(x.reshape(B, kv_heads, n, -1, *rest), 1, 2).reshape(B, n, -1, *rest)
+
+
+def read(view: PagedView, where: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, str]:
+    """Pages `where` i32[W] of heads of size `dim` in float32.
+
+    Returns keys, values [W,Hkv,ps,D], and how keys lie in an einsum ("ds" or "sd"). Scales are left for `scales`: on
+    scores and weights they cost a factor D less.
+    """
+    k = view.k_pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
+    if view.v_pages is None:
+        return k[..., :dim], k[..., dim:], "sd"
+    v = view.v_pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
+    if view.layout == "transposed":
+        return k, v, "ds"
+    return k[..., :dim], v[..., :dim], "sd"
+
+
+def scales(values: jax.Array, where: jax.Array) -> jax.Array:
+    """Scales of pages `where` i32[W] as f32[W,Hkv,1,ps], beside scores or weights [W,Hkv,N,ps]."""
+    return values.at[where].get(mode="promise_in_bounds")[:, :, None, :]
+
+
+def live_pages(
+    lengths: jax.Array, first: jax.Array, size: int
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
+    """The live pages of all rows from page `first` i32[B] on, one row after the other: their number, and how to find
+    one: find(item i32[W]) -> (row, page's place in the row's table, live), each [W]; items past the end do not live.
+    """
+    counts = (lengths + size - 1) // size - first
+    ends = jnp.cumsum(counts)
+
+    def find(item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        live = item < ends[-1]
+        row = (item[:, None] >= ends[None, :]).sum(-1, dtype=jnp.int32)
+        row = jnp.minimum(row, lengths.shape[0] - 1)
+        return row, jnp.where(live, first[row] + item - (ends[row] - counts[row]), 0), live
+
+    return ends[-1], find
+
+
+def one_row(view: PagedView, row: jax.Array) -> PagedView:
+    """The view of one row, found while the program runs."""
+    return replace(view, table=view.table[row][None], lengths=view.lengths[row][None])
+
+
+@dataclass(frozen=True)
+class Queries:
+    """n query tokens of each of B rows, and the pages that they see.
+
+    packed f32[B,Hkv,n*G,D], scaled; sees_from, sees_to i32[B,n*G]: the first and last visible position of each;
+    words: a tree's bits, i32[B,n*G] each; before i32[B]: the tokens in front of a tree.
+    """
+
+    view: PagedView
+    spec: AttentionSpec
+    packed: jax.Array
+    sees_from: jax.Array
+    sees_to: jax.Array
+    words: tuple[jax.Array, ...]
+    before: jax.Array
+
+    @staticmethod
+    def of(
+        q: jax.Array, view: PagedView, spec: AttentionSpec, positions: jax.Array, tree: Tree | None = None
+    ) -> Queries:
+        """q [B,n,Hq,D] at text positions i32[B,n]; a negative one sees nothing."""
+        (_, n, heads, _), kv_heads = q.shape, view.kv_heads
+        lengths = view.lengths[:, None]
+        sees_from, sees_to = spec.visible(positions, lengths)
+        sees_to, words = jnp.broadcast_to(sees_to, positions.shape), ()
+        if tree is not None:
+            sees_to = jnp.broadcast_to(lengths - 1, positions.shape)
+            words = tuple(
+                jnp.repeat(tree.bits[..., w], heads // kv_heads, 1) for w in range(tree.bits.shape[-1])
+            )
+        sees_to = jnp.where(positions < 0, -1, sees_to)
+        sees_from, sees_to = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (sees_from, sees_to))
+        packed = pack(q.astype(jnp.float32) * spec.scale, kv_heads)
+        return Queries(view, spec, packed, sees_from, sees_to, words, view.lengths - n)
+
+    @staticmethod
+    def last(q: jax.Array, view: PagedView, spec: AttentionSpec, tree: Tree | None = None) -> Queries:
+        """The rectangular part: q [B,n,Hq,D], the last n tokens of each row or the slots of its tree."""
+        n = q.shape[1]
+        depths = jnp.arange(n, dtype=jnp.int32)[None] if tree is None else tree.depths
+        return Queries.of(q, view, spec, view.lengths[:, None] - n + depths, tree)
+
+    @property
+    def pages(self) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
+        """`live_pages` from the first that any query of a row sees."""
+        size = self.view.page_size
+        return live_pages(self.view.lengths, jnp.maximum(self.sees_from.min(1), 0) // size, size)
+
+    def meet(
+        self, row: jax.Array, page: jax.Array, live: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Pages `page` of rows `row`, i32[W] each, where `live` bool[W].
+
+        Returns scores f32[W,Hkv,N,ps], scaled and capped, not masked; who is seen bool[W,1,N,ps]; where the pages
+        lie i32[W]; and their values (codes, where they have scales) f32[W,Hkv,ps,D].
+        """
+        view, softcap = self.view, self.spec.softcap
+        where = jnp.where(live, view.table[row, page], 0)
+        k, v, lie = read(view, where, self.packed.shape[-1])
+        scores = jnp.einsum(f"whnd,wh{lie}->whns", self.packed[row], k, preferred_element_type=jnp.float32)
+        if view.k_scales is not None:
+            scores = scores * scales(view.k_scales, where)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        keys = (page[:, None] * view.page_size + jnp.arange(view.page_size, dtype=jnp.int32))[:, None, :]
+        seen = (keys >= self.sees_from[row][..., None]) & (keys <= self.sees_to[row][..., None])
+        if self.words:
+            slots = keys - self.before[row][:, None, None]
+            seen &= Tree.sees([word[row][..., None] for word in self.words], slots)
+        return scores, (seen & live[:, None, None])[:, None], where, v
