@@ -81,7 +81,7 @@ def _tune_options(commands: Any) -> None:
     tune.add_argument("--kv-heads", type=int, default=8)
     tune.add_argument("--head-dim", type=int, default=128)
     tune.add_argument("--dtype", help="dtype of the model; default: what suits the device")
-    tune.add_argument("--kv-dtype", help="dtype of the pages, such as int8; default: the model's")
+    tune.add_argument("--kv-cache-dtype", help="how pages are stored, such as int8; default: as the model")
     tune.add_argument("--page-size", type=int, help="default: the engine's")
     tune.add_argument("--max-model-len", type=int, help="default: the model's, or 4096")
     tune.add_argument("--max-num-seqs", type=int, default=8)
@@ -239,7 +239,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     run(
         arguments.model, (arguments.heads, arguments.kv_heads, arguments.head_dim), arguments.dtype,
-        arguments.kv_dtype, arguments.page_size, arguments.max_model_len, arguments.max_num_seqs,
+        arguments.kv_cache_dtype, arguments.page_size, arguments.max_model_len, arguments.max_num_seqs,
         arguments.max_num_batched_tokens, arguments.quick,
     )  # fmt: skip
     return 0

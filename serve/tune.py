@@ -23,9 +23,10 @@ from ..attention.ops import Backend
 from ..model.config import AttentionConfig, ModelConfig
 from ..pallas_kernels.attention.tiles import Case, TpuTiles, TritonTiles, TwinTiles
 from ..pallas_kernels.attention.tpu import TpuKernels
+from ..pallas_kernels.attention.triton import TritonKernels
 from ..pallas_kernels.attention.tuned import Tuned, save, tiles_folder
 from ..pallas_kernels.chips import Chip
-from .build import choose_length, choose_numerics, pool_bytes, usual_page_size
+from .build import Build, choose_length, choose_numerics, pool_bytes, usual_page_size
 from .programs import BucketPlan
 from .workload import Heads, Inputs, Work, side_by_side
 
@@ -109,7 +110,7 @@ def fields(kind: type[Tiles], part: str) -> tuple[str, ...]:
         return ("pages",) if rows else ("queries",)
     if kind is TpuTiles:
         return ("pages", "segment") if rows else ("queries", "pages")
-    return ("keys", "segment", "warps", "stages") if rows else ("queries", "keys", "warps", "stages")
+    return (("keys", "segment", "programs") if rows else ("queries", "keys")) + ("warps", "stages")
 
 
 def candidates(tiles: Tiles, name: str, case: Case, chip: Chip) -> list[Tiles]:
@@ -131,18 +132,21 @@ def _values(tiles: Tiles, name: str, case: Case, chip: Chip) -> list[int]:
         lengths = (2048, 4096, 8192, 16384) if chip.cores > 1 else ()
         return [0, *(-(-length // step) * step for length in lengths)]
     return {
-        "keys": [keys for keys in _doubling(16, 256) if size % keys == 0],
+        "keys": _doubling(16, 256),
         "segment": [length for length in _doubling(128, 4096) if length % tiles.keys == 0],
         "queries": _doubling(max(1, 16 // case.group), max(1, 256 // case.group)),
-        "warps": _doubling(1, 8),
+        "warps": [1, 2, 4, 8],
         "stages": [1, 2, 3, 4],
+        "programs": [1, 2, 3, 4, 6, 8],
     }[name]
 
 
 def fits(tiles: Tiles, case: Case, chip: Chip) -> bool:
-    """Whether the estimate of what a step needs is within the chip's fast memory."""
+    """Whether the numbers go together, and the estimate of what a step needs is within the chip's fast memory."""
     if isinstance(tiles, TpuTiles):
         return tiles.vmem_bytes(case) <= chip.memory
+    if isinstance(tiles, TritonTiles):
+        return tiles.segment % tiles.keys == 0 and tiles.shared_bytes(case) <= chip.memory
     return True
 
 
@@ -152,7 +156,10 @@ def _doubling(first: int, last: int) -> list[int]:
 
 def kind_of(backend: Backend) -> type[Tiles]:
     """The tiles that a back end has; ValueError when it has none."""
-    for kernel, kind in ((Blockwise, TwinTiles), (TpuKernels, TpuTiles)):
+    kinds: list[tuple[type, type[Tiles]]] = [
+        (Blockwise, TwinTiles), (TpuKernels, TpuTiles), (TritonKernels, TritonTiles)
+    ]  # fmt: skip
+    for kernel, kind in kinds:
         if isinstance(backend, kernel):
             return kind
     raise ValueError(f"{type(backend).__name__} has no tiles to tune")
@@ -162,10 +169,8 @@ def tune_case(backend: Backend, chip: Chip, heads: Heads, calls: tuple[Work, ...
     """Search the tiles of one case: see the head of this file."""
     case, kind = calls[0].case(heads), kind_of(backend)
     heuristic = best = kind.choose(case, chip)
-    layout = backend.layout(heads.head_dim)
-    bench = _Bench(
-        backend, case, heads, [Inputs(work, heads, layout, _copies(work, heads)) for work in calls]
-    )
+    inputs = [Inputs(work, heads, backend, _copies(work, heads)) for work in calls]
+    bench = _Bench(backend, case, heads, inputs)
     try:
         bench.times([heuristic], rounds=0)
     except NotImplementedError as reason:
@@ -288,8 +293,8 @@ def _shown(tiles: Tiles, case: Case) -> str:
 
 
 def run(
-    model: str | None, heads: tuple[int, int, int], dtype: str | None, kv_dtype: str | None, page_size: int | None,
-    max_model_len: int | None, seats: int, tokens: int, quick: bool,
+    model: str | None, heads: tuple[int, int, int], dtype: str | None, kv_cache_dtype: str | None,
+    page_size: int | None, max_model_len: int | None, seats: int, tokens: int, quick: bool,
 ) -> list[Choice]:  # fmt: skip
     """The command: layers from a model's config, or (heads, KV heads, head dim); sizes as the engine's."""
     from ..model import checkpoint
@@ -297,9 +302,8 @@ def run(
     config = None if model is None else checkpoint.load_config(checkpoint.resolve(model))[1]
     numerics = choose_numerics(dtype, "bfloat16" if config is None else config.dtype)
     length = max_model_len or (4096 if config is None else choose_length(config, None))
-    size, name = page_size or usual_page_size(length), numerics.dtype.name
-    if config is None:
-        shapes = [Heads(*heads, size, name, kv_dtype or name)]
-    else:
-        shapes = model_heads(config, size, name, kv_dtype or name)
+    size = page_size or usual_page_size(length)
+    build = Build(length, seats, tokens, None, size, 0, False, kv_cache_dtype=kv_cache_dtype)
+    dtypes = numerics.dtype.name, build.kv_dtype(numerics.dtype).name
+    shapes = [Heads(*heads, size, *dtypes)] if config is None else model_heads(config, size, *dtypes)
     return tune(shapes, Sizes(length, seats, tokens), tiles_folder(), quick, Console())

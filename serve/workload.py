@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..attention.caches.paged import QUANTISED
-from ..attention.ops import AttentionSpec, Backend, Layout, PagedView
+from ..attention.caches.paged import QUANTISED, PagedKV
+from ..attention.ops import AttentionSpec, Backend, PagedView
 from ..pallas_kernels.attention.tiles import Case
 
 WARM_SECONDS = 0.02
@@ -78,20 +79,20 @@ class Work:
         return 4 * seen * heads.heads * heads.head_dim
 
     def __str__(self) -> str:
-        longest = max(self.lengths)
-        if self.part == "rows":
-            return f"decode {len(self.lengths)} x {longest}"
-        return f"prefill {self.queries} of {longest}"
+        if self.part == "prompt":
+            return f"prefill {self.queries} of {sum(self.lengths)}"
+        counts = Counter(self.lengths)
+        return "decode " + " + ".join(f"{counts[length]} x {length}" for length in counts)
 
 
 class Inputs:
-    """Random inputs of a call, on the default device: q, and views that are used in turn.
+    """Random inputs of a call, on the default device: q, and views that are used in turn, lying as `backend` wants.
 
     With `copies` above 1 each view has pages of its own, as each layer of a model has: what the chip's caches hold
     after a call is then of no use to the next.
     """
 
-    def __init__(self, work: Work, heads: Heads, layout: Layout, copies: int = 1):
+    def __init__(self, work: Work, heads: Heads, backend: Backend, copies: int = 1):
         size = heads.page_size
         counts = [-(-length // size) for length in work.lengths]
         if max(counts) > work.width:
@@ -100,14 +101,15 @@ class Inputs:
             )
         rows, pages = len(counts), sum(counts)
         order = np.random.default_rng(0).permutation(copies * pages).astype(np.int32) + 1
-        pools = _pools(heads, layout, copies * pages + 1, work)
+        pool = _pages(heads, backend, copies * pages + 1)
+        lengths = jnp.asarray(work.lengths, jnp.int32)
         self.views = []
         for copy in range(copies):
             table = np.zeros((rows, work.width), np.int32)
             mine = iter(order[copy * pages : (copy + 1) * pages])
             for row, count in enumerate(counts):
                 table[row, :count] = [next(mine) for _ in range(count)]
-            self.views.append(replace(pools, table=jnp.asarray(table)))
+            self.views.append(replace(pool, table=jnp.asarray(table), lengths=lengths))
         shape = (rows, 1) if work.part == "rows" else (work.queries,)
         key = jax.random.key(1)
         self.q = jax.random.normal(key, (*shape, heads.heads, heads.head_dim), jnp.dtype(heads.dtype))
@@ -133,27 +135,28 @@ class Inputs:
         return call
 
 
-def _pools(heads: Heads, layout: Layout, pages: int, work: Work) -> PagedView:
-    """So many random pages, with the lengths of a call and an empty table."""
-    size, dim, dtype = heads.page_size, heads.head_dim, jnp.dtype(heads.kv_dtype)
+def _pages(heads: Heads, backend: Backend, pages: int) -> PagedView:
+    """So many random pages as this back end wants them, without rows."""
 
-    def draw(seed: int, *tail: int) -> jax.Array:
-        shape, key = (pages, heads.kv_heads, *tail), jax.random.key(seed)
-        if jnp.issubdtype(dtype, jnp.integer):
-            return jax.random.randint(key, shape, -127, 128, dtype)
-        wide = jnp.bfloat16 if dtype.itemsize == 1 else dtype
-        return jax.jit(lambda: jax.random.normal(key, shape, wide).astype(dtype))()
+    def empty() -> PagedKV:
+        dtype = jnp.dtype(heads.kv_dtype)
+        return PagedKV.empty(pages, heads.page_size, heads.kv_heads, heads.head_dim, dtype, (backend,))
 
-    if layout == "paired":
-        k, v = draw(2, size, 2 * dim), None
-    else:
-        k = draw(2, dim, size) if layout == "transposed" else draw(2, size, dim)
-        v = draw(3, size, dim)
-    scales = None
-    if dtype.name in QUANTISED:
-        scales = jnp.full((pages, heads.kv_heads, size), 0.01, jnp.float32)
-    table = jnp.zeros((len(work.lengths), work.width), jnp.int32)
-    return PagedView(k, v, table, jnp.asarray(work.lengths, jnp.int32), scales, scales, layout)
+    def draw(seed: int, spec: jax.ShapeDtypeStruct) -> jax.Array:
+        key = jax.random.key(seed)
+        if jnp.issubdtype(spec.dtype, jnp.integer):
+            return jax.random.randint(key, spec.shape, -127, 128, spec.dtype)
+        wide = jnp.bfloat16 if spec.dtype.itemsize == 1 else spec.dtype
+        return jax.jit(lambda: (jax.random.normal(key, spec.shape, wide) / 8).astype(spec.dtype))()
+
+    none = jnp.zeros((0,), jnp.int32)
+    spec = jax.eval_shape(empty)
+    k, v, k_scales, v_scales = (
+        None if one is None else draw(seed, one)
+        for seed, one in enumerate((spec.k, spec.v, spec.k_scales, spec.v_scales))
+    )
+    assert k is not None
+    return PagedView(k, v, none, none, k_scales, v_scales, spec.layout)
 
 
 def side_by_side(
