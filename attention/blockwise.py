@@ -16,12 +16,13 @@ from jax import lax
 from ..pallas_kernels.attention.spec import NEG_INF, AttentionSpec, Layout, PagedView, Tree
 from ..pallas_kernels.attention.tiles import Case, TwinTiles
 from ..pallas_kernels.attention.tuned import Tuned
-from .pages import Queries, one_row, scales, unpack
+from .pages import Queries, block_view, each_block, scales, unpack
 
 
-def _one_row(queries: Queries, first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Queries of one row against its pages first..last: out f32[1,Hkv,N,D] and lse f32[1,Hkv,N]."""
+def _one_row(queries: Queries) -> tuple[jax.Array, jax.Array]:
+    """Queries of one row against all they see, page by page: out f32[1,Hkv,N,D] and lse f32[1,Hkv,N]."""
     view, row, live = queries.view, jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
+    first, last = queries.sees_from.min() // view.page_size, (view.lengths[0] - 1) // view.page_size
 
     def page(index, carry):
         out, top, total = carry
@@ -36,7 +37,7 @@ def _one_row(queries: Queries, first: jax.Array, last: jax.Array) -> tuple[jax.A
         part = jnp.einsum("whns,whsd->whnd", weights, v, preferred_element_type=jnp.float32)
         return out * shrink[..., None] + part, new_top, total
 
-    return _finish(*lax.fori_loop(first, last, page, _nothing(queries.packed)))
+    return _finish(*lax.fori_loop(first, last + 1, page, _nothing(queries.packed)))
 
 
 def _rows(queries: Queries, width: int) -> tuple[jax.Array, jax.Array]:
@@ -114,33 +115,22 @@ class Blockwise:
     ) -> tuple[jax.Array, jax.Array]:
         """The prompt part: q [C,Hq,D], rows by query_starts i32[R+1]."""
         C, heads, dim = q.shape
-        size, step = view.page_size, min(self.tiles(Case.of("prompt", q, view)).queries, C)
+        step = min(self.tiles(Case.of("prompt", q, view)).queries, C)
         # One block of slack, so that a row's last block may run over the end of the chunk.
         padded = jnp.pad(q, ((0, step), (0, 0), (0, 0)))
-        offsets = jnp.arange(step, dtype=jnp.int32)
 
-        def row(r, carry):
-            start, stop, mine = query_starts[r], query_starts[r + 1], one_row(view, r)
-            before = view.lengths[r] - (stop - start)
-
-            def block(b, carry):
-                out, lse = carry
-                at, here = start + b * step, before + b * step
-                chunk = lax.dynamic_slice_in_dim(padded, at, step)[None]
-                positions = jnp.where(at + offsets < stop, here + offsets, -1)[None]
-                first, _ = spec.visible(here, view.lengths[r])
-                _, last = spec.visible(here + step - 1, view.lengths[r])
-                queries = Queries.of(chunk, mine, spec, positions)
-                got, got_lse = _one_row(queries, first // size, last // size + 1)
-                # What runs over belongs to the next row, which is written later, or to the slack.
-                out = lax.dynamic_update_slice_in_dim(out, unpack(got, step)[0], at, 0)
-                return out, lax.dynamic_update_slice_in_dim(lse, unpack(got_lse, step)[0], at, 0)
-
-            return lax.fori_loop(0, (stop - start + step - 1) // step, block, carry)
+        def block(row, at, positions, carry):
+            out, lse = carry
+            chunk = lax.dynamic_slice_in_dim(padded, at, step)[None]
+            queries = Queries.of(chunk, block_view(view, row, spec, positions), spec, positions[None])
+            got, got_lse = _one_row(queries)
+            # What runs over belongs to the next row, which is written later, or to the slack.
+            out = lax.dynamic_update_slice_in_dim(out, unpack(got, step)[0], at, 0)
+            return out, lax.dynamic_update_slice_in_dim(lse, unpack(got_lse, step)[0], at, 0)
 
         start = (
             jnp.zeros((C + step, heads, dim), jnp.float32),
             jnp.full((C + step, heads), -jnp.inf, jnp.float32),
         )
-        out, lse = lax.fori_loop(0, query_starts.shape[0] - 1, row, start)
+        out, lse = each_block(query_starts, view.lengths, step, block, start)
         return out[:C].astype(q.dtype), lse[:C]

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ..pallas_kernels.attention.spec import AttentionSpec, PagedView, Tree
+
+T = TypeVar("T")
 
 
 def pack(x: jax.Array, kv_heads: int) -> jax.Array:
@@ -66,9 +70,38 @@ def live_pages(
     return ends[-1], find
 
 
-def one_row(view: PagedView, row: jax.Array) -> PagedView:
-    """The view of one row, found while the program runs."""
-    return replace(view, table=view.table[row][None], lengths=view.lengths[row][None])
+def each_block(
+    query_starts: jax.Array,
+    lengths: jax.Array,
+    step: int,
+    body: Callable[[jax.Array, jax.Array, jax.Array, T], T],
+    carry: T,
+) -> T:
+    """Blocks of `step` tokens of a flat prompt part with rows by query_starts i32[R+1], row by row.
+
+    carry = body(row, at, positions, carry): the block's tokens lie from `at` on, at text positions i32[step]; -1 past
+    the end of the row, where the next row begins.
+    """
+    offsets = jnp.arange(step, dtype=jnp.int32)
+
+    def row(r, carry):
+        start, stop = query_starts[r], query_starts[r + 1]
+
+        def block(b, carry):
+            at = start + b * step
+            positions = jnp.where(at + offsets < stop, lengths[r] - stop + at + offsets, -1)
+            return body(r, at, positions, carry)
+
+        return lax.fori_loop(0, (stop - start + step - 1) // step, block, carry)
+
+    return lax.fori_loop(0, query_starts.shape[0] - 1, row, carry)
+
+
+def block_view(view: PagedView, row: jax.Array, spec: AttentionSpec, positions: jax.Array) -> PagedView:
+    """The view of one row, cut behind the last token that queries at these positions (from `each_block`) see."""
+    length = view.lengths[row]
+    _, last = spec.visible(positions[0] + positions.shape[0] - 1, length)
+    return replace(view, table=view.table[row][None], lengths=(last + 1)[None])
 
 
 @dataclass(frozen=True)
@@ -89,22 +122,22 @@ class Queries:
 
     @staticmethod
     def of(
-        q: jax.Array, view: PagedView, spec: AttentionSpec, positions: jax.Array, tree: Tree | None = None
-    ) -> Queries:
-        """q [B,n,Hq,D] at text positions i32[B,n]; a negative one sees nothing."""
+        q: jax.Array, view: PagedView, spec: AttentionSpec, positions: jax.Array, tree: Tree | None = None,
+        before: jax.Array | None = None,
+    ) -> Queries:  # fmt: skip
+        """q [B,n,Hq,D] at text positions i32[B,n]; a negative one sees nothing. `before` as above; None: all but n."""
         (_, n, heads, _), kv_heads = q.shape, view.kv_heads
-        lengths = view.lengths[:, None]
+        group, lengths, words = heads // kv_heads, view.lengths[:, None], ()
         sees_from, sees_to = spec.visible(positions, lengths)
-        sees_to, words = jnp.broadcast_to(sees_to, positions.shape), ()
         if tree is not None:
-            sees_to = jnp.broadcast_to(lengths - 1, positions.shape)
-            words = tuple(
-                jnp.repeat(tree.bits[..., w], heads // kv_heads, 1) for w in range(tree.bits.shape[-1])
-            )
-        sees_to = jnp.where(positions < 0, -1, sees_to)
-        sees_from, sees_to = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (sees_from, sees_to))
+            sees_to = lengths - 1
+            words = tuple(jnp.repeat(tree.bits[..., w], group, 1) for w in range(tree.bits.shape[-1]))
+        sees_from = jnp.repeat(jnp.where(positions < 0, lengths, sees_from), group, axis=1)
+        sees_to = jnp.repeat(jnp.where(positions < 0, -1, sees_to), group, axis=1)
         packed = pack(q.astype(jnp.float32) * spec.scale, kv_heads)
-        return Queries(view, spec, packed, sees_from, sees_to, words, view.lengths - n)
+        return Queries(
+            view, spec, packed, sees_from, sees_to, words, view.lengths - n if before is None else before
+        )
 
     @staticmethod
     def last(q: jax.Array, view: PagedView, spec: AttentionSpec, tree: Tree | None = None) -> Queries:
@@ -117,7 +150,7 @@ class Queries:
     def pages(self) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
         """`live_pages` from the first that any query of a row sees."""
         size = self.view.page_size
-        return live_pages(self.view.lengths, jnp.maximum(self.sees_from.min(1), 0) // size, size)
+        return live_pages(self.view.lengths, self.sees_from.min(1) // size, size)
 
     def meet(
         self, row: jax.Array, page: jax.Array, live: jax.Array
