@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ LLAMA_125M = {
     "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32", "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
-EXIT_LOADED = 3
+EXIT_LOADED, EXIT_NO_DEVICE = 3, 4
 
 
 def checkpoint(raw: dict = LLAMA_125M, seed: int = 0) -> Path:
@@ -106,3 +107,38 @@ def table(rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines)
+
+
+def use_device(platform: str) -> Any:
+    """The first device of "gpu", "tpu" or "cpu", made JAX's default; ends the process when there is none. Call it
+    before anything runs."""
+    import jax
+
+    jax.config.update("jax_platforms", {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}.get(platform, platform))
+    try:
+        return jax.devices(platform)[0]
+    except RuntimeError as error:
+        print(f"no {platform} here ({str(error).splitlines()[0]}): no figures from this run")
+        sys.exit(EXIT_NO_DEVICE)
+
+
+def copy_bandwidth(megabytes: int) -> float:
+    """Bytes a second, read and written, of copying an array on the default device; the best of 5 bursts."""
+    import jax
+    import jax.numpy as jnp
+    from tokenloom.serve.workload import side_by_side
+
+    data = jnp.ones((megabytes << 18,), jnp.int32)
+    copy = jax.jit(lambda a: a + 1)  # a plain copy may become no operation at all
+    return 2 * data.nbytes / side_by_side([lambda: copy(data)], 5, seconds=0.1)[0]
+
+
+def matmul_rate(side: int, dtype: str = "bfloat16") -> float:
+    """Floating-point operations a second of a square product on the default device; a multiply-add is two."""
+    import jax
+    import jax.numpy as jnp
+    from tokenloom.serve.workload import side_by_side
+
+    a, b = (jax.random.normal(jax.random.key(seed), (side, side), jnp.dtype(dtype)) for seed in (0, 1))
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * side**3 / side_by_side([lambda: product(a, b)], 5, seconds=0.1)[0]
