@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ LLAMA_125M = {
     "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32", "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+K = TypeVar("K")
 EXIT_LOADED, EXIT_NO_DEVICE = 3, 4
 
 
@@ -91,7 +92,7 @@ def read_bandwidth(megabytes: int = 1024) -> float:
     return best
 
 
-def interleaved(contenders: dict[str, Callable[[], float]], rounds: int = 5) -> dict[str, float]:
+def interleaved(contenders: dict[K, Callable[[], float]], rounds: int = 5) -> dict[K, float]:
     """Run each contender once to warm up, then all in turn, `rounds` times; the smallest figure of each."""
     for run in contenders.values():
         run()
