@@ -128,8 +128,8 @@ class TpuKernels:
         out, lse = call(q, info, view, steps, slots, dtype, self.interpret)
         live = steps.counts > 0
         out = out[..., dim:] if view.layout == "paired" else out[..., :dim]
-        out = jnp.where(live[:, None, None, None], out[:, :, :N], 0)
-        return out, jnp.where(live[:, None, None], lse[:, :, :N], -jnp.inf)
+        out = jnp.where(live[:, None, None, None], out[:slots, :, :N], 0)
+        return out, jnp.where(live[:, None, None], lse[:slots, :, :N], -jnp.inf)
 
 
 def _row_info(lengths: jax.Array, n: int, spec: AttentionSpec, tree: Tree | None) -> jax.Array:
@@ -156,12 +156,18 @@ def _prompt_info(query_starts: jax.Array, lengths: jax.Array, tokens: int, spec:
 
 
 def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Partial results of segments, out f32[B,S,...,D] and lse f32[B,S,...], into one."""
-    top = lse.max(1, keepdims=True)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))
-    total = weights.sum(1)
-    merged = (weights[..., None] * out).sum(1) / jnp.maximum(total, 1e-30)[..., None]
-    return merged, jnp.where(total > 0, top[:, 0] + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
+    """Partial results of segments, out f32[B,S,...,D] and lse f32[B,S,...], into one, in order."""
+    top = lse.max(1)
+    origin = jnp.where(jnp.isneginf(top), 0.0, top)
+
+    def add(part: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        weight = jnp.exp(lse[:, part] - origin)
+        return carry[0] + weight[..., None] * out[:, part], carry[1] + weight
+
+    start = jnp.zeros_like(out[:, 0]), jnp.zeros_like(top)
+    merged, total = lax.fori_loop(0, out.shape[1], add, start)
+    safe = jnp.maximum(total, 1e-30)
+    return merged / safe[..., None], jnp.where(total > 0, origin + jnp.log(safe), -jnp.inf)
 
 
 @dataclass(frozen=True)
@@ -203,8 +209,8 @@ class _Call:
                 *(scale(j) for _ in scales for j in range(pages)),
             ],
             out_specs=[
-                pl.BlockSpec((1, kv_heads, rows, lanes), lambda *at: (self._slot(*at), 0, 0, 0)),
-                pl.BlockSpec((1, kv_heads, rows), lambda *at: (self._slot(*at), 0, 0)),
+                pl.BlockSpec((1, kv_heads, rows, lanes), lambda *at: (self._written(slots, *at), 0, 0, 0)),
+                pl.BlockSpec((1, kv_heads, rows), lambda *at: (self._written(slots, *at), 0, 0)),
             ],
             scratch_shapes=[
                 pltpu.VMEM((kv_heads, rows, lanes), jnp.float32),
@@ -217,8 +223,8 @@ class _Call:
             partial(self._body, len(stored), len(scales)),
             grid_spec=grid,
             out_shape=[
-                jax.ShapeDtypeStruct((slots, kv_heads, rows, lanes), dtype),
-                jax.ShapeDtypeStruct((slots, kv_heads, rows), jnp.float32),
+                jax.ShapeDtypeStruct((slots + cores - 1, kv_heads, rows, lanes), dtype),
+                jax.ShapeDtypeStruct((slots + cores - 1, kv_heads, rows), jnp.float32),
             ],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=self.chip.memory
@@ -231,8 +237,11 @@ class _Call:
         """The core's step as a place in the list; surplus steps repeat the core's last, which copies nothing."""
         return jnp.clip(starts[core] + step, 0, jnp.maximum(starts[core + 1] - 1, 0))
 
-    def _slot(self, core, step, starts, slot, *_):
-        return slot[self._item(core, step, starts)]
+    def _written(self, slots, core, step, starts, slot, *_):
+        """The slot that a step writes. A core without work has nothing to say, yet its pipeline writes a block: a
+        later core's goes behind the slots, where nobody reads (the first core idles only when all do)."""
+        idle = starts[core] == starts[core + 1]
+        return jnp.where(idle, jnp.where(core > 0, slots + core - 1, 0), slot[self._item(core, step, starts)])
 
     def _block(self, core, step, starts, slot, *_):
         return lax.div(slot[self._item(core, step, starts)], jnp.int32(self.segments)), 0, 0, 0
