@@ -30,7 +30,7 @@ def mib(size: int | None) -> str:
 
 
 def as_table(outcomes: list[Outcome]) -> Table:
-    """One line a kernel, chip, part and mask; head dims and dtypes that came out alike share it."""
+    """A line a cell. Step: what the kernel needs by its own estimate, and the chip's limit (VMEM, shared memory)."""
     columns = "kernel", "chip", "part", "head dim", "KV", "mask", "", "step MiB", "of", "temporary MiB", "s"
     table = Table(*columns, header_style="bold")
     for one in outcomes:
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="+", default=[], choices=["tpu", "triton", "twin"])
     parser.add_argument("--json", action="store_true", help="print one JSON object a cell instead")
     arguments = parser.parse_args()
-    console = Console(stderr=arguments.json)
+    console = Console(stderr=arguments.json, width=None if sys.stdout.isatty() else 160)
     outcomes = []
     found = chosen(arguments, console)
     for number, cell in enumerate(found):
