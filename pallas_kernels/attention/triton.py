@@ -15,6 +15,7 @@ from .spec import AttentionSpec, Layout, PagedView, Tree
 from .tiles import Case, TritonTiles
 from .triton_prompt import PromptKernel
 from .triton_rows import Cut, MergeKernel, RowsKernel
+from .triton_softmax import Product
 from .tuned import Tuned
 
 PAGES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
@@ -41,13 +42,14 @@ class TritonKernels:
     ) -> tuple[jax.Array, jax.Array]:
         """See `Backend.rows`. One kernel, or two where a row may have more than one segment."""
         B, n, heads, dim = q.shape
+        product = Product.of(q.dtype, view.k_pages.dtype, self.interpret)
         tiles = self._tiles("rows", q, view)
         cut = Cut(spec, n, view.table.shape[1] * view.page_size, tiles.keys, tiles.segment)
         items, blocks = B * cut.most, -(-n // tiles.queries)
         programs = min(self.chip.cores * tiles.programs, items * view.kv_heads * blocks)
         dtype = q.dtype if cut.most == 1 else jnp.float32
         outs, lses = self._call(
-            RowsKernel(cut, tiles, programs), (programs,), tiles,
+            RowsKernel(cut, tiles, product, programs), (programs,), tiles,
             jax.ShapeDtypeStruct((items, n, heads, dim), dtype),
         )(q, view, tree)  # fmt: skip
         if cut.most == 1:
@@ -60,8 +62,9 @@ class TritonKernels:
     ) -> tuple[jax.Array, jax.Array]:
         """See `Backend.prompt`."""
         tiles = self._tiles("prompt", q, view)
+        product = Product.of(q.dtype, view.k_pages.dtype, self.interpret)
         grid = (-(-q.shape[0] // tiles.queries), view.kv_heads)
-        return self._call(PromptKernel(spec, tiles), grid, tiles, q)(q, query_starts, view)
+        return self._call(PromptKernel(spec, tiles, product), grid, tiles, q)(q, query_starts, view)
 
     def _call(self, kernel: Any, grid: tuple[int, ...], tiles: TritonTiles, out: Any) -> Any:
         """A Pallas call that gives (out, lse): out like `out`, lse f32 without its last dimension."""

@@ -19,15 +19,15 @@ from .spec import AttentionSpec, PagedView
 from .tiles import TritonTiles, power_of_two
 from .triton_softmax import (
     Keys,
+    Product,
     Span,
-    count,
     load,
     load_pieces,
     over,
     pieces,
-    product_dtype,
     rest,
     store_pieces,
+    total,
 )
 
 
@@ -37,6 +37,7 @@ class PromptKernel:
 
     spec: AttentionSpec
     tiles: TritonTiles
+    product: Product
 
     def __call__(self, q: Any, starts: Any, view: PagedView, out: Any, lse: Any) -> None:
         """Refs: q [C,Hq,D], starts i32[R+1], pages; out [C,Hq,D] in q's dtype, lse f32[C,Hq]."""
@@ -53,12 +54,11 @@ class PromptKernel:
         store_pieces(out, (token[:, None], head_of[:, None]), (live & ~owned)[:, None], nothing)
         plgpu.store(lse.at[token, head_of], jnp.full_like(nothing[0][:, 0], -jnp.inf), mask=live & ~owned)
         queries = load_pieces(q, (token[:, None], head_of[:, None]), live[:, None])
-        dtype = product_dtype(q.dtype, view.k_pages.dtype)
 
         def row(index: jax.Array, carry: None) -> None:
             low, high = jnp.maximum(begin, starts[index]), jnp.minimum(end, starts[index + 1])
             shift = view.lengths[index] - starts[index + 1]
-            keys = Keys(view, self.spec, self.tiles.keys, dtype, index, head)
+            keys = Keys(view, self.spec, self.tiles.keys, self.product, index, head)
             outs, lses = self.row(queries, keys, token + shift, low + shift, high + shift)
             mine = (token >= low) & (token < high)
             store_pieces(out, (token[:, None], head_of[:, None]), mine[:, None], outs)
@@ -66,8 +66,8 @@ class PromptKernel:
             return carry
 
         index = jnp.arange(power_of_two(rows), dtype=jnp.int32)
-        first = count((index < rows) & (load(starts, (index + 1,), index < rows) <= begin))
-        stop = count((index < rows) & (load(starts, (index,), index < rows) < end))
+        first = total((index < rows) & (load(starts, (index + 1,), index < rows) <= begin))
+        stop = total((index < rows) & (load(starts, (index,), index < rows) < end))
         lax.fori_loop(first, stop, row, None)
 
     def row(

@@ -18,20 +18,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .spec import AttentionSpec, PagedView, Tree
+from .spec import NEG_INF, AttentionSpec, PagedView, Tree
 from .tiles import TritonTiles, power_of_two
 from .triton_softmax import (
-    EMPTY,
     Keys,
+    Product,
     Span,
-    count,
     load,
     load_pieces,
     over,
     pieces,
-    product_dtype,
     rest,
     store_pieces,
+    total,
 )
 
 MOST_SEGMENTS = 128
@@ -83,6 +82,7 @@ class RowsKernel:
 
     cut: Cut
     tiles: TritonTiles
+    product: Product
     programs: int
 
     def __call__(self, q: Any, view: PagedView, tree: Tree | None, out: Any, lse: Any) -> None:
@@ -90,22 +90,20 @@ class RowsKernel:
         B, n = q.shape[:2]
         blocks = -(-n // self.tiles.queries)
         units = view.kv_heads * blocks
-        program, segments, ends = pl.program_id(0), None, None
-        items = jnp.int32(B)
-        if self.cut.most > 1:
-            _, lengths = all_rows(view.lengths)
-            segments = self.cut.of(lengths)[2]
-            ends = jnp.cumsum(segments, dtype=jnp.int32)
-            items = jnp.sum(segments, dtype=jnp.int32)
+        program, (rows, lengths) = pl.program_id(0), all_rows(view.lengths)
+        segments = self.cut.of(lengths)[2]
+        ends = jnp.cumsum(segments, dtype=jnp.int32)
+        items = jnp.int32(B) if self.cut.most == 1 else total(segments)
 
         def work(turn: jax.Array, carry: None) -> None:
             index = program + turn * self.programs
             item, unit = over(index, units), rest(index, units)
-            row, part = item, jnp.int32(0)
-            if ends is not None and segments is not None:
-                row = count(ends <= item)
-                part = item - jnp.sum(jnp.where(ends <= item, segments, 0), dtype=jnp.int32)
-            self.segment(q, view, tree, out, lse, (item, row, part), over(unit, blocks), rest(unit, blocks))
+            if self.cut.most == 1:
+                row, part = item, jnp.int32(0)
+            else:
+                row, part = total(ends <= item), item - total(jnp.where(ends <= item, segments, 0))
+            at = item, row, part, total(jnp.where(rows == row, lengths, 0))
+            self.segment(q, view, tree, out, lse, at, over(unit, blocks), rest(unit, blocks))
             return carry
 
         left = jnp.maximum(items * units - program, 0)
@@ -113,12 +111,12 @@ class RowsKernel:
 
     def segment(
         self, q: Any, view: PagedView, tree: Tree | None, out: Any, lse: Any,
-        at: tuple[jax.Array, jax.Array, jax.Array], head: jax.Array, block: jax.Array,
+        at: tuple[jax.Array, jax.Array, jax.Array, jax.Array], head: jax.Array, block: jax.Array,
     ) -> None:  # fmt: skip
-        """One item, `at` (item, row, segment), for one KV head and one block of the row's queries."""
-        item, row, part = at
+        """One item, `at` (item, row, segment, length), for one KV head and one block of the row's queries."""
+        item, row, part, length = at
         n, group = q.shape[1], q.shape[2] // view.kv_heads
-        spec, length = self.cut.spec, view.lengths[row]
+        spec = self.cut.spec
         packed = jnp.arange(self.tiles.rows(group), dtype=jnp.int32)
         token, heads = block * self.tiles.queries + over(packed, group), head * group + rest(packed, group)
         live = (over(packed, group) < self.tiles.queries) & (token < n)
@@ -144,7 +142,7 @@ class RowsKernel:
             self.tiles.keys, start + part * size, start + (part + 1) * size,
         )  # fmt: skip
         queries = load_pieces(q, (row, token[:, None], heads[:, None]), live[:, None])
-        keys = Keys(view, spec, self.tiles.keys, product_dtype(q.dtype, view.k_pages.dtype), row, head)
+        keys = Keys(view, spec, self.tiles.keys, self.product, row, head)
         outs, lses = keys.attend(queries, span, seen)
         store_pieces(out, (item, token[:, None], heads[:, None]), live[:, None], outs)
         plgpu.store(lse.at[item, token, heads], lses, mask=live)
@@ -161,11 +159,10 @@ class MergeKernel:
         row, token, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         index, all_lengths = all_rows(lengths)
         segments = self.cut.of(all_lengths)[2]
-        begin = jnp.sum(jnp.where(index < row, segments, 0), dtype=jnp.int32)
-        own = jnp.sum(jnp.where(index == row, segments, 0), dtype=jnp.int32)
+        begin, own = (total(jnp.where(which, segments, 0)) for which in (index < row, index == row))
 
         def some(step: jax.Array, carry: Any) -> Any:
-            merged, top, total = carry
+            merged, top, weight = carry
             part = step * MERGED_AT_ONCE + jnp.arange(MERGED_AT_ONCE, dtype=jnp.int32)
             live = part < own
             found = jnp.where(live, load(lses, (begin + part, token, head), live), -jnp.inf)
@@ -177,14 +174,14 @@ class MergeKernel:
                 for x in pages
             ]
             merged = tuple(a * shrink + b for a, b in zip(merged, parts))
-            return merged, new_top, total * shrink + weights.sum()
+            return merged, new_top, weight * shrink + weights.sum()
 
         zeros = tuple(jnp.zeros((size,), jnp.float32) for _, size in pieces(out.shape[-1]))
-        carry = zeros, jnp.float32(EMPTY), jnp.float32(0.0)
-        merged, top, total = lax.fori_loop(0, over(own + MERGED_AT_ONCE - 1, MERGED_AT_ONCE), some, carry)
-        whole = jnp.where(total > 0, total, 1.0)
+        carry = zeros, jnp.float32(NEG_INF), jnp.float32(0.0)
+        merged, top, weight = lax.fori_loop(0, over(own + MERGED_AT_ONCE - 1, MERGED_AT_ONCE), some, carry)
+        whole = jnp.where(weight > 0, weight, 1.0)
         store_pieces(out, (row, token, head), None, tuple((x / whole)[None, :] for x in merged))
-        lse[row, token, head] = jnp.where(total > 0, top + jnp.log(whole), -jnp.inf)
+        lse[row, token, head] = jnp.where(weight > 0, top + jnp.log(whole), -jnp.inf)
 
 
 def all_rows(lengths: Any) -> tuple[jax.Array, jax.Array]:

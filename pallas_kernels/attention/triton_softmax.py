@@ -20,8 +20,6 @@ from jax.experimental.pallas import triton as plgpu
 from .spec import NEG_INF, AttentionSpec, PagedView
 
 LOG2E = math.log2(math.e)
-# The running maximum before any key: far above NEG_INF, so that 2**(NEG_INF - EMPTY) is 0 without a further mask.
-EMPTY = NEG_INF / 2
 
 Pieces = tuple[jax.Array, ...]
 
@@ -32,9 +30,29 @@ def pieces(dim: int) -> tuple[tuple[int, int], ...]:
     return tuple((sum(sizes[:index]), size) for index, size in enumerate(sizes))
 
 
-def product_dtype(q: Any, pages: Any) -> Any:
-    """What is multiplied: codes of one byte become q's dtype, and of others none loses bits."""
-    return q if jnp.dtype(pages).itemsize == 1 else jnp.promote_types(q, pages)
+@dataclass(frozen=True)
+class Product:
+    """What is multiplied, and how: codes of one byte become q's dtype, and of other pairs none loses bits.
+
+    float32 goes through tensor cores in three TF32 products of high and low halves, whose error is a float32 product's
+    (one TF32 product's is 2**-11, and products without tensor cores spill thousands of registers). The interpreter
+    multiplies in float32.
+    """
+
+    dtype: Any
+    precision: lax.Precision | lax.DotAlgorithmPreset
+
+    @staticmethod
+    def of(q: Any, pages: Any, interpret: bool) -> Product:
+        dtype = jnp.dtype(q) if jnp.dtype(pages).itemsize == 1 else jnp.promote_types(q, pages)
+        thrice = dtype == jnp.float32 and not interpret
+        return Product(dtype, lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if thrice else lax.Precision.HIGHEST)
+
+    def __call__(self, a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+        """a [M,K] times b, summed over b's `axis`, in float32."""
+        dims = (((1,), (axis,)), ((), ()))
+        a, b = a.astype(self.dtype), b.astype(self.dtype)
+        return lax.dot_general(a, b, dims, precision=self.precision, preferred_element_type=jnp.float32)
 
 
 def over(a: jax.Array, b: int) -> jax.Array:
@@ -52,9 +70,9 @@ def ceiling(a: jax.Array, b: int) -> jax.Array:
     return over(a + (b - 1), b)
 
 
-def count(which: jax.Array) -> jax.Array:
-    """How many of bool[...] hold, i32."""
-    return jnp.sum(which.astype(jnp.int32), dtype=jnp.int32)
+def total(numbers: jax.Array) -> jax.Array:
+    """The sum of i32[...], or how many of bool[...] hold; i32."""
+    return jnp.sum(numbers.astype(jnp.int32), dtype=jnp.int32)
 
 
 def load(ref: Any, at: tuple[Any, ...], live: jax.Array | None) -> jax.Array:
@@ -111,7 +129,7 @@ class Keys:
     view: PagedView
     spec: AttentionSpec
     size: int
-    dtype: Any
+    product: Product
     row: jax.Array
     head: jax.Array
 
@@ -127,46 +145,57 @@ class Keys:
         page = load(self.view.table, (self.row, over(at, page_size)), live)
         return page, rest(at, page_size)
 
+    def scores(self, q: Pieces, at: tuple[Any, jax.Array], live: jax.Array | None) -> tuple[jax.Array, float]:
+        """(scores [N,size], factor): scores times `factor` are scaled, capped, and to the base 2; `at` (page, slot)."""
+        k = load_pieces(self.view.k_pages, self._rows(at), None if live is None else live[:, None])
+        scores = reduce(jnp.add, [self.product(a, b, 1) for a, b in zip(q, k)])
+        if self.view.k_scales is not None:
+            scores = scores * load(self.view.k_scales, (at[0], self.head, at[1]), live)[None, :]
+        if self.spec.softcap is None:
+            return scores, self.spec.scale * LOG2E
+        return jnp.tanh(scores * (self.spec.scale / self.spec.softcap)), self.spec.softcap * LOG2E
+
+    def weighted(self, weights: jax.Array, at: tuple[Any, jax.Array], live: jax.Array | None) -> Pieces:
+        """The values of a tile, summed with weights [N,size]; keys that are not `live` may hold anything."""
+        if self.view.v_scales is not None:
+            scales = load(self.view.v_scales, (at[0], self.head, at[1]), live)
+            weights = weights * (scales if live is None else jnp.where(live, scales, 0.0))[None, :]
+        column = None if live is None else live[:, None]
+        v = load_pieces(self.view.v_pages, self._rows(at), column)
+        if column is not None:
+            nothing = jnp.zeros((), self.product.dtype)
+            v = tuple(jnp.where(column, piece.astype(self.product.dtype), nothing) for piece in v)
+        return tuple(self.product(weights, piece, 0) for piece in v)
+
+    def _rows(self, at: tuple[Any, jax.Array]) -> tuple[Any, ...]:
+        page, slot = at
+        return (page if page.ndim == 0 else page[:, None], self.head, slot[:, None])
+
     def step(
         self,
         q: Pieces,
         span: Span,
         seen: Callable[[jax.Array], jax.Array] | None,
         tile: jax.Array,
-        carry: Any,
-    ) -> Any:
-        """One tile of the online softmax (Milakov and Gimelshein 2018) to the base 2; `seen` None: all see all."""
-        outs, top, total = carry
-        at = tile * self.size + jnp.arange(self.size, dtype=jnp.int32)
-        live = None if seen is None else (at >= span.low) & (at < span.high)
-        page, slot = self.where(tile, live)
-        column = None if live is None else live[:, None]
-        rows = (page if page.ndim == 0 else page[:, None], self.head, slot[:, None])
-        k = load_pieces(self.view.k_pages, rows, column)
-        parts = [_product(a, b.astype(self.dtype), 1) for a, b in zip(q, k)]
-        scores = reduce(jnp.add, parts)
-        factor = self.spec.scale * LOG2E if self.spec.softcap is None else self.spec.scale / self.spec.softcap
-        if self.view.k_scales is not None:
-            scales = load(self.view.k_scales, (page, self.head, slot), live)
-            scores = scores * (scales * factor)[None, :]
-        else:
-            scores = scores * factor
-        if self.spec.softcap is not None:
-            scores = jnp.tanh(scores) * (self.spec.softcap * LOG2E)
+        carry: tuple[Pieces, jax.Array, jax.Array],
+    ) -> tuple[Pieces, jax.Array, jax.Array]:
+        """One tile of the online softmax (Milakov and Gimelshein 2018) to the base 2; `seen` None: all see all.
+
+        The mask comes before the factor: the factor and the subtraction of the maximum are then one operation, and the
+        same one, masked or not.
+        """
+        outs, top, weight = carry
+        keys = tile * self.size + jnp.arange(self.size, dtype=jnp.int32)
+        live = None if seen is None else (keys >= span.low) & (keys < span.high)
+        at = self.where(tile, live)
+        scores, factor = self.scores(q, at, live)
         if seen is not None:
-            scores = jnp.where(seen(at[None, :]), scores, NEG_INF)
-        new_top = jnp.maximum(top, scores.max(1))
-        shrink, weights = jnp.exp2(top - new_top), jnp.exp2(scores - new_top[:, None])
-        total = total * shrink + weights.sum(1)
-        if self.view.v_scales is not None:
-            scales = load(self.view.v_scales, (page, self.head, slot), live)
-            weights = weights * (scales if live is None else jnp.where(live, scales, 0.0))[None, :]
-        v = [piece.astype(self.dtype) for piece in load_pieces(self.view.v_pages, rows, column)]
-        if column is not None:
-            v = [jnp.where(column, piece, jnp.zeros((), self.dtype)) for piece in v]
-        weights = weights.astype(self.dtype)
-        outs = tuple(out * shrink[:, None] + _product(weights, piece, 0) for out, piece in zip(outs, v))
-        return outs, new_top, total
+            scores = jnp.where(seen(keys[None, :]), scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(1) * factor)
+        shrink, weights = jnp.exp2(top - new_top), jnp.exp2(scores * factor - new_top[:, None])
+        added = self.weighted(weights, at, live)
+        outs = tuple(out * shrink[:, None] + new for out, new in zip(outs, added))
+        return outs, new_top, weight * shrink + weights.sum(1)
 
     def attend(
         self, q: Pieces, span: Span, seen: Callable[[jax.Array], jax.Array]
@@ -174,26 +203,21 @@ class Keys:
         """Queries [N,D] in pieces over the tiles of `span`: out f32 in pieces, and lse f32[N] (natural).
 
         `seen` gives bool[N,K] for key positions i32[1,K]; only tiles that not all see are masked. Tiles are taken in
-        ascending order and lie at multiples of their size, so a query's bits do not depend on what shares its block.
+        ascending order and lie at multiples of their size, and one of which a query sees nothing changes nothing for
+        it: what is computed for a query does not depend on what shares its block.
         """
-        q, queries = tuple(piece.astype(self.dtype) for piece in q), q[0].shape[0]
-        zeros = jnp.zeros((queries,), jnp.float32)
+        q = tuple(piece.astype(self.product.dtype) for piece in q)
+        zeros = jnp.zeros(q[0].shape[:1], jnp.float32)
         carry = (
             tuple(jnp.zeros(piece.shape, jnp.float32) for piece in q),
-            zeros + EMPTY,
+            zeros + NEG_INF,
             zeros,
         )
         edge, inside = partial(self.step, q, span, seen), partial(self.step, q, span, None)
         if self.spec.window is not None:
             carry = lax.fori_loop(span.first, span.clear, edge, carry)
         carry = lax.fori_loop(span.clear, span.unclear, inside, carry)
-        outs, top, total = lax.fori_loop(span.unclear, span.stop, edge, carry)
-        lse = jnp.where(total > 0, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
-        whole = jnp.where(total > 0, total, 1.0)[:, None]
+        outs, top, weight = lax.fori_loop(span.unclear, span.stop, edge, carry)
+        lse = jnp.where(weight > 0, top * (1 / LOG2E) + jnp.log(weight), -jnp.inf)
+        whole = jnp.where(weight > 0, weight, 1.0)[:, None]
         return tuple(out / whole for out in outs), lse
-
-
-def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """a [M,K] times b, summed over b's `axis`, in float32; float32 inputs keep all their bits (no TF32)."""
-    dims = (((1,), (axis,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
