@@ -59,7 +59,7 @@ class LLM:
             and what binds (`serve.telemetry`); a path or a `Telemetry`. None: nothing is measured.
         overlap: read each step while the device runs the next one; None: on. False reads every step at once, which
             is slower and generates the same.
-        attention_backend: "blockwise" (plain JAX) or "tpu"; None: the kernels of the device, then plain JAX.
+        attention_backend: "blockwise" (plain JAX), "tpu" or "triton"; None: the kernels of the device, then plain JAX.
             Kernels for another device run interpreted, for tests.
         kv_cache_dtype: how keys and values are stored: "float32", "bfloat16", "float16", or quantised with a scale
             for each token and head, "int8" or "fp8"; None: as activations are.
