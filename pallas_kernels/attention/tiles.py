@@ -92,23 +92,31 @@ class TritonTiles:
 
     @staticmethod
     def choose(case: Case, chip: Chip) -> TritonTiles:
-        """About 32 KiB of keys and values a step, 16 where bytes are converted; less where it does not fit."""
-        size = jnp.dtype(case.kv_dtype).itemsize
+        """About 32 KiB of keys and values a step, half where they are converted; less where they do not fit.
+
+        The numbers keep Triton from spilling registers. So many programs fit a multiprocessor of 65536 registers.
+        """
+        size, prompt = jnp.dtype(case.kv_dtype).itemsize, case.part == "prompt"
         budget = 16 * KiB if size == 1 else 32 * KiB
-        keys = min(64, max(16, power_of_two(budget // (2 * case.head_dim * size) + 1) // 2))
-        wide = max(jnp.dtype(case.q_dtype).itemsize, size) == 4
-        if case.part == "rows":
-            tiles = TritonTiles(min(case.tokens, max(1, 64 // case.group)), keys, 512, stages=3)
-        elif wide:
-            tiles = TritonTiles(max(1, 64 // case.group), keys, 512, stages=3)
-        else:
-            tiles = TritonTiles(max(1, 128 // case.group), keys, 512, warps=8, stages=3)
+        most = 128 if prompt and case.head_dim <= 64 else 64
+        keys = min(most, max(16, power_of_two(budget // (2 * case.head_dim * size) + 1) // 2))
+        exact = max(jnp.dtype(case.q_dtype).itemsize, size) == 4
+        rows = 128 if prompt and case.head_dim <= 128 and not exact else 64
+        queries = max(1, rows // case.group)
+        tiles = TritonTiles(
+            queries if prompt else min(queries, case.tokens),
+            keys,
+            512,
+            8 if prompt and not exact else 4,
+            stages=3,
+        )
         while tiles.shared_bytes(case) > chip.memory and (tiles.keys > 16 or tiles.queries > 1):
             if tiles.keys > 16:
                 tiles = replace(tiles, keys=tiles.keys // 2)
             else:
                 tiles = replace(tiles, queries=tiles.queries // 2)
-        return replace(tiles, programs=max(1, min(3, chip.memory // tiles.shared_bytes(case))))
+        most = 3 if case.head_dim < 128 and size > 1 and tiles.rows(case.group) == 16 else 2
+        return replace(tiles, programs=max(1, min(most, chip.memory // tiles.shared_bytes(case))))
 
     def rows(self, group: int) -> int:
         """Rows of the products: the query heads of a KV head times the queries, padded to what Triton multiplies."""
