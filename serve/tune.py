@@ -8,9 +8,10 @@ One field of the tiles is searched after the other, all its candidates in turn i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -28,13 +29,15 @@ from ..pallas_kernels.attention.tuned import Tuned, save, tiles_folder
 from ..pallas_kernels.chips import Chip
 from .build import Build, choose_length, choose_numerics, pool_bytes, usual_page_size
 from .programs import BucketPlan
-from .workload import Heads, Inputs, Work, side_by_side
+from .workload import Heads, Inputs, Work, bursts, side_by_side
 
 PLATFORMS = ("cpu", "tpu", "gpu", "cuda", "rocm")
 # A choice must beat the heuristic by this much: below it the noise decides.
 MARGIN = 0.03
 # Candidates that take this many times as long as the best of a round are not measured again.
 SLACK = 1.5
+# Above it the report says that something disturbs the device.
+NOISE = 0.25
 
 Tiles = TwinTiles | TpuTiles | TritonTiles
 
@@ -55,7 +58,8 @@ class Sizes:
 @dataclass(frozen=True)
 class Choice:
     """Tiles for a case. `ratio`: their time over the heuristic's, the geometric mean of `works`; `seconds`: of each
-    work, with the tiles chosen. `reason`: why the kernel cannot do the case; there are no tiles then."""
+    work, with the tiles chosen; `noise`: how far its median time lies above the smallest. `reason`: why the kernel
+    cannot do the case; there are no tiles then."""
 
     case: Case
     works: tuple[Work, ...]
@@ -63,6 +67,7 @@ class Choice:
     best: Tiles | None
     ratio: float = 1.0
     seconds: tuple[float, ...] = ()
+    noise: float = 0.0
     reason: str = ""
 
 
@@ -179,13 +184,10 @@ def tune_case(backend: Backend, chip: Chip, heads: Heads, calls: tuple[Work, ...
         others = candidates(best, name, case, chip)
         if len(others) > 1:
             best = others[min(range(len(others)), key=bench.scores(others, rounds).__getitem__)]
-    if best == heuristic:
-        return Choice(case, calls, heuristic, heuristic, 1.0, tuple(bench.times([heuristic], rounds)[0]))
-    before, after = bench.times([heuristic, best], rounds)
-    ratio = _ratio(after, before)
-    if ratio > 1 - MARGIN:
-        return Choice(case, calls, heuristic, heuristic, 1.0, tuple(before))
-    return Choice(case, calls, heuristic, best, ratio, tuple(after))
+    ratio, seconds, noise = bench.compare(heuristic, best, 3 * rounds)
+    if best == heuristic or ratio > 1 - MARGIN:
+        return Choice(case, calls, heuristic, heuristic, 1.0, tuple(pair[0] for pair in seconds), noise)
+    return Choice(case, calls, heuristic, best, ratio, tuple(pair[1] for pair in seconds), noise)
 
 
 @dataclass(frozen=True)
@@ -207,24 +209,41 @@ class _Bench:
             columns.append([math.inf if call is None else next(taken) for call in calls])
         return [list(row) for row in zip(*columns)]
 
+    def compare(self, before: Tiles, after: Tiles, rounds: int) -> tuple[float, list[list[float]], float]:
+        """(ratio, seconds of both for each work, noise): the geometric mean over works of after to before, of the
+        smallest times or of the medians of pairs of one round, whichever speaks less for a change; noise is how far
+        the median lies above the smallest, at worst."""
+        seconds, medians, noise = [], [], 0.0
+        for one in self.inputs:
+            calls = [one.caller(self._with(tiles), self.heads.spec()) for tiles in (before, after)]
+            taken = [times[1:] for times in bursts(calls, rounds)]
+            medians.append(median(b / a for a, b in zip(*taken)))
+            seconds.append([min(times) for times in taken])
+            noise = max(noise, median(taken[0]) / min(taken[0]) - 1)
+        ratio = max(_mean(b / a for a, b in seconds), _mean(medians))
+        return ratio, seconds, noise
+
     def scores(self, tiles: Sequence[Tiles], rounds: int) -> list[float]:
         """The mean ratio of each to the first."""
         times = self.times(tiles, rounds)
-        return [_ratio(row, times[0]) for row in times]
+        return [_mean(a / b for a, b in zip(row, times[0])) for row in times]
 
-    def _call(self, one: Inputs, tiles: Tiles, first: bool):
-        backend = replace(self.backend, tuned=Tuned(((self.case, tiles),)))
+    def _call(self, one: Inputs, tiles: Tiles, first: bool) -> Callable[[], Any] | None:
         try:
-            return one.caller(backend, self.heads.spec())
+            return one.caller(self._with(tiles), self.heads.spec())
         except (NotImplementedError, jax.errors.JaxRuntimeError):
             if first:
                 raise
             return None
 
+    def _with(self, tiles: Tiles) -> Backend:
+        return replace(self.backend, tuned=Tuned(((self.case, tiles),)))
 
-def _ratio(times: Sequence[float], before: Sequence[float]) -> float:
-    """The geometric mean of times over those before."""
-    return math.exp(sum(math.log(a / b) for a, b in zip(times, before)) / len(before))
+
+def _mean(ratios: Iterable[float]) -> float:
+    """The geometric mean."""
+    logarithms = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logarithms) / len(logarithms))
 
 
 def _copies(work: Work, heads: Heads) -> int:
@@ -266,6 +285,11 @@ def tune(shapes: Sequence[Heads], sizes: Sizes, folder: Path, quick: bool, conso
     path = save(folder, chip, measured)
     better = sum(one.best is not None and one.best != one.heuristic for one in choices)
     console.print(f"{len(measured)} cases measured, {better} better than the heuristic; saved in {path}")
+    noise = max((one.noise for one in choices), default=0.0)
+    if noise > NOISE:
+        console.print(
+            f"times vary by {noise:.0%}: other work disturbs this device; tune again when it is quiet"
+        )
     return choices
 
 

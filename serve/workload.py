@@ -17,7 +17,7 @@ from ..attention.caches.paged import QUANTISED, PagedKV
 from ..attention.ops import AttentionSpec, Backend, PagedView
 from ..pallas_kernels.attention.tiles import Case
 
-WARM_SECONDS = 0.02
+BURST_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,14 @@ def _pages(heads: Heads, backend: Backend, pages: int) -> PagedView:
     return PagedView(k, v, none, none, k_scales, v_scales, spec.layout)
 
 
-def side_by_side(
-    calls: Sequence[Callable[[], Any]], rounds: int, seconds: float = WARM_SECONDS, slack: float = math.inf
-) -> list[float]:
-    """Seconds of one call of each: all in turn, `rounds` times, the smallest figure of each.
+def bursts(
+    calls: Sequence[Callable[[], Any]], rounds: int, seconds: float = BURST_SECONDS, slack: float = math.inf
+) -> list[list[float]]:
+    """Seconds a call of each, once a round: all take turns, so that what disturbs a round disturbs them all.
 
-    A round is a burst of calls that lasts about `seconds`, dispatched back to back and waited for at the end. Each is
-    called twice before, to warm up. What took `slack` times as long as the best of the first round is not repeated.
+    A burst is as many calls as last about `seconds`, dispatched back to back and waited for at the end. Each call is
+    made twice before, to warm up; the second counts as round 0. What takes `slack` times as long as the best so far
+    is not repeated.
     """
 
     def burst(call: Callable[[], Any], count: int) -> float:
@@ -174,14 +175,20 @@ def side_by_side(
         jax.block_until_ready(last)
         return (time.perf_counter() - start) / count
 
-    best = []
     for call in calls:
         burst(call, 1)
-        best.append(burst(call, 1))
-    counts = [max(1, min(256, int(seconds / once))) for once in best]
+    found = [[burst(call, 1)] for call in calls]
+    counts = [max(1, min(256, int(seconds / once[0]))) for once in found]
     for _ in range(rounds):
-        limit = slack * min(best)
+        limit = slack * min(map(min, found))
         for index, call in enumerate(calls):
-            if best[index] <= limit:
-                best[index] = min(best[index], burst(call, counts[index]))
-    return best
+            if min(found[index]) <= limit:
+                found[index].append(burst(call, counts[index]))
+    return found
+
+
+def side_by_side(
+    calls: Sequence[Callable[[], Any]], rounds: int, seconds: float = BURST_SECONDS, slack: float = math.inf
+) -> list[float]:
+    """The smallest of `bursts` of each call."""
+    return [min(taken) for taken in bursts(calls, rounds, seconds, slack)]
