@@ -11,15 +11,16 @@ from tokenloom import LLM, SamplingParams
 from tokenloom.attention.blockwise import Blockwise
 from tokenloom.attention.ops import AttentionSpec, PagedView
 from tokenloom.model.config import llama_config
-from tokenloom.pallas_kernels.attention.tiles import Case, TpuTiles, TwinTiles
+from tokenloom.pallas_kernels.attention.tiles import Case, TpuTiles, TritonTiles, TwinTiles
 from tokenloom.pallas_kernels.attention.tuned import Tuned, load, save, table_path
-from tokenloom.pallas_kernels.chips import CPU, TPUS
+from tokenloom.pallas_kernels.chips import CPU, GPUS, TPUS
 from tokenloom.serve.build import use_compilation_cache
 from tokenloom.serve.cli import main
-from tokenloom.serve.tune import candidates
-from tokenloom.tests.tiny import CONFIG, SIZES
+from tokenloom.serve.tune import candidates, fields
+from tokenloom.tests.tiny import CONFIG
 
 ROWS = Case("rows", 1, 2, 4, 64, 16, 32, "float32", "float32")
+SIZES = dict(max_num_seqs=2, max_num_batched_tokens=32, max_model_len=128)
 PROMPT = replace(ROWS, part="prompt", tokens=128)
 
 
@@ -101,6 +102,15 @@ def test_candidates_fit_the_chip():
         found = [tiles for field in ("queries", "pages") for tiles in candidates(first, field, case, chip)]
         assert first in found
         assert all(tiles.vmem_bytes(case) <= chip.memory for tiles in found), name
+    for part, chip in (("rows", GPUS["L4"]), ("prompt", GPUS["H200"])):
+        case = replace(case, part=part, tokens=1 if part == "rows" else 2048)
+        first = TritonTiles.choose(case, chip)
+        for field in fields(TritonTiles, part):
+            found = candidates(first, field, case, chip)
+            assert found[0] == first and len(found) > 1
+            for tiles in found:
+                tiles.check(case, chip)
+    case = replace(case, part="prompt", tokens=2048)
     roomy = [len(candidates(TpuTiles(8, 1), "pages", case, TPUS[name])) for name in ("TPU v4", "TPU v6e")]
     assert roomy[0] < roomy[1]
 
