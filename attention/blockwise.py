@@ -19,7 +19,7 @@ from ..pallas_kernels.attention.tuned import Tuned
 from .pages import Queries, block_view, each_block, scales, unpack
 
 
-def _one_row(queries: Queries) -> tuple[jax.Array, jax.Array]:
+def softmax_row(queries: Queries) -> tuple[jax.Array, jax.Array]:
     """Queries of one row against all they see, page by page: out f32[1,Hkv,N,D] and lse f32[1,Hkv,N]."""
     view, row, live = queries.view, jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
     first, last = queries.sees_from.min() // view.page_size, (view.lengths[0] - 1) // view.page_size
@@ -40,7 +40,7 @@ def _one_row(queries: Queries) -> tuple[jax.Array, jax.Array]:
     return _finish(*lax.fori_loop(first, last + 1, page, _nothing(queries.packed)))
 
 
-def _rows(queries: Queries, width: int) -> tuple[jax.Array, jax.Array]:
+def softmax_rows(queries: Queries, width: int) -> tuple[jax.Array, jax.Array]:
     """Queries of B rows against all they see, `width` pages of any rows a step: out f32[B,Hkv,N,D], lse f32[B,Hkv,N].
 
     Each page gives a partial softmax, merged into its row's.
@@ -107,7 +107,7 @@ class Blockwise:
         arithmetic of one page, so pages share it.
         """
         width = min(self.tiles(Case.of("rows", q, view)).pages, q.shape[0])
-        out, lse = _rows(Queries.last(q, view, spec, tree), width)
+        out, lse = softmax_rows(Queries.last(q, view, spec, tree), width)
         return unpack(out, q.shape[1]).astype(q.dtype), unpack(lse, q.shape[1])
 
     def prompt(
@@ -123,7 +123,7 @@ class Blockwise:
             out, lse = carry
             chunk = lax.dynamic_slice_in_dim(padded, at, step)[None]
             queries = Queries.of(chunk, block_view(view, row, spec, positions), spec, positions[None])
-            got, got_lse = _one_row(queries)
+            got, got_lse = softmax_row(queries)
             # What runs over belongs to the next row, which is written later, or to the slack.
             out = lax.dynamic_update_slice_in_dim(out, unpack(got, step)[0], at, 0)
             return out, lax.dynamic_update_slice_in_dim(lse, unpack(got_lse, step)[0], at, 0)

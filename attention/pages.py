@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -104,12 +105,44 @@ def block_view(view: PagedView, row: jax.Array, spec: AttentionSpec, positions: 
     return replace(view, table=view.table[row][None], lengths=(last + 1)[None])
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "temperatures"], meta_fields=[])
+@dataclass(frozen=True)
+class Noise:
+    """Gumbel noise z on scores x, which become (x + z) / temperature (Keyformer, arXiv 2403.09054, its score function).
+
+    keys: typed random keys [rows]; temperatures f32[rows]. z of a query head is drawn from fold_in(fold_in(key,
+    query position), key position), so it depends neither on the batch, nor on chunks, nor on where pages lie.
+    """
+
+    keys: jax.Array
+    temperatures: jax.Array
+
+    def row(self, index: jax.Array) -> Noise:
+        return Noise(self.keys[index][None], self.temperatures[index][None])
+
+    def on(self, scores: jax.Array, row: jax.Array, positions: jax.Array, keys: jax.Array) -> jax.Array:
+        """scores f32[W,Hkv,n*G,ps] of rows i32[W]; text positions i32[W,n] of queries and i32[W,ps] of keys."""
+        W, kv_heads, packed, size = scores.shape
+        n = positions.shape[1]
+
+        def draw(key, query, at):
+            return jax.random.gumbel(
+                jax.random.fold_in(jax.random.fold_in(key, query), at), (kv_heads, packed // n)
+            )
+
+        by_key = jax.vmap(draw, (None, None, 0))
+        by_query = jax.vmap(by_key, (None, 0, None))
+        z = jax.vmap(by_query)(self.keys[row], positions, keys)  # [W,n,ps,Hkv,G]
+        z = z.transpose(0, 3, 1, 4, 2).reshape(W, kv_heads, packed, size)
+        return (scores + z) / self.temperatures[row][:, None, None, None]
+
+
 @dataclass(frozen=True)
 class Queries:
     """n query tokens of each of B rows, and the pages that they see.
 
     packed f32[B,Hkv,n*G,D], scaled; sees_from, sees_to i32[B,n*G]: the first and last visible position of each;
-    words: a tree's bits, i32[B,n*G] each; before i32[B]: the tokens in front of a tree.
+    words: a tree's bits, i32[B,n*G] each; before i32[B]: the tokens in front of a tree; positions i32[B,n].
     """
 
     view: PagedView
@@ -119,11 +152,13 @@ class Queries:
     sees_to: jax.Array
     words: tuple[jax.Array, ...]
     before: jax.Array
+    positions: jax.Array
+    noise: Noise | None
 
     @staticmethod
     def of(
         q: jax.Array, view: PagedView, spec: AttentionSpec, positions: jax.Array, tree: Tree | None = None,
-        before: jax.Array | None = None,
+        before: jax.Array | None = None, noise: Noise | None = None,
     ) -> Queries:  # fmt: skip
         """q [B,n,Hq,D] at text positions i32[B,n]; a negative one sees nothing. `before` as above; None: all but n."""
         (_, n, heads, _), kv_heads = q.shape, view.kv_heads
@@ -135,16 +170,21 @@ class Queries:
         sees_from = jnp.repeat(jnp.where(positions < 0, lengths, sees_from), group, axis=1)
         sees_to = jnp.repeat(jnp.where(positions < 0, -1, sees_to), group, axis=1)
         packed = pack(q.astype(jnp.float32) * spec.scale, kv_heads)
-        return Queries(
-            view, spec, packed, sees_from, sees_to, words, view.lengths - n if before is None else before
-        )
+        before = view.lengths - n if before is None else before
+        return Queries(view, spec, packed, sees_from, sees_to, words, before, positions, noise)
 
     @staticmethod
-    def last(q: jax.Array, view: PagedView, spec: AttentionSpec, tree: Tree | None = None) -> Queries:
+    def last(
+        q: jax.Array,
+        view: PagedView,
+        spec: AttentionSpec,
+        tree: Tree | None = None,
+        noise: Noise | None = None,
+    ) -> Queries:
         """The rectangular part: q [B,n,Hq,D], the last n tokens of each row or the slots of its tree."""
         n = q.shape[1]
         depths = jnp.arange(n, dtype=jnp.int32)[None] if tree is None else tree.depths
-        return Queries.of(q, view, spec, view.lengths[:, None] - n + depths, tree)
+        return Queries.of(q, view, spec, view.lengths[:, None] - n + depths, tree, noise=noise)
 
     @property
     def pages(self) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
@@ -157,8 +197,8 @@ class Queries:
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Pages `page` of rows `row`, i32[W] each, where `live` bool[W].
 
-        Returns scores f32[W,Hkv,N,ps], scaled and capped, not masked; who is seen bool[W,1,N,ps]; where the pages
-        lie i32[W]; and their values (codes, where they have scales) f32[W,Hkv,ps,D].
+        Returns scores f32[W,Hkv,N,ps], scaled and capped (and noisy), not masked; who is seen bool[W,1,N,ps]; where
+        the pages lie i32[W]; and their values (codes, where they have scales) f32[W,Hkv,ps,D].
         """
         view, softcap = self.view, self.spec.softcap
         where = jnp.where(live, view.table[row, page], 0)
@@ -169,6 +209,8 @@ class Queries:
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         keys = (page[:, None] * view.page_size + jnp.arange(view.page_size, dtype=jnp.int32))[:, None, :]
+        if self.noise is not None:
+            scores = self.noise.on(scores, row, self.positions[row], keys[:, 0])
         seen = (keys >= self.sees_from[row][..., None]) & (keys <= self.sees_to[row][..., None])
         if self.words:
             slots = keys - self.before[row][:, None, None]

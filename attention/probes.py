@@ -9,8 +9,9 @@ Each takes the rectangular part (q [B,n,Hq,D], lse f32[B,n,Hq], and `tree` where
 `query_starts` i32[R+1], the flat prompt part (q [C,Hq,D], lse f32[C,Hq]); `rows` below is B or R. A row's query
 tokens are its last ones, as in the op; sinks count where `lse` counts them. Every layout and dtype of pages will do.
 
-Whom they serve: `column_sums` H2O (arXiv 2306.14048) and A2SF (arXiv 2407.20485, weights a**(distance to the last
-query)); `probabilities` LazyLLM, ZipCache and MInference; `logits` TidalDecode; `above` LazyEviction.
+Whom they serve: `column_sums` H2O (arXiv 2306.14048), A2SF (arXiv 2407.20485, weights a**(distance to the last
+query)) and, with `Noise`, Keyformer (arXiv 2403.09054); `probabilities` LazyLLM, ZipCache and MInference; `logits`
+TidalDecode; `above` LazyEviction.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..pallas_kernels.attention.spec import AttentionSpec, PagedView, Tree
-from .pages import Queries, block_view, each_block, pack
+from .blockwise import softmax_row, softmax_rows
+from .pages import Noise, Queries, block_view, each_block, pack, unpack
+
+__all__ = ["Noise", "above", "column_sums", "logits", "probabilities"]
 
 QUERY_BLOCK, KEYS_A_STEP = 128, 256
 
@@ -51,16 +55,19 @@ def _collect(queries: Queries, out: jax.Array, base: jax.Array | int, part: Part
 def _all_queries(
     q: jax.Array, view: PagedView, spec: AttentionSpec, query_starts: jax.Array | None, tree: Tree | None,
     beside: tuple[jax.Array, ...], part: Callable[..., jax.Array], how: Fold, columns: int,
+    noise: Noise | None = None,
 ) -> jax.Array:  # fmt: skip
     """Parts of all queries of either part of a batch, f32[rows,columns,S].
 
     `beside` are arrays of a number (or one a head) a query token, given to part(scores, row, *beside) like q's blocks:
-    [B,n,...].
+    [B,n,...]. With `noise` the lse of the noisy scores, f32[B,n,Hq], goes in front of them.
     """
     rows, P = view.table.shape
     out = jnp.full((rows, columns, P, view.page_size), 0.0 if how == "sum" else -jnp.inf, jnp.float32)
     if query_starts is None:
-        queries = Queries.last(q, view, spec, tree)
+        queries = Queries.last(q, view, spec, tree, noise)
+        if noise is not None:
+            beside = (unpack(softmax_rows(queries, min(rows, 8))[1], q.shape[1]), *beside)
         out = _collect(queries, out, 0, lambda scores, row: part(scores, row, *beside), how)
         return out.reshape(rows, columns, -1)
     step = min(QUERY_BLOCK, q.shape[0])
@@ -68,8 +75,13 @@ def _all_queries(
 
     def block(row, at, positions, out):
         chunk, *others = (lax.dynamic_slice_in_dim(x, at, step)[None] for x in padded)
-        queries = Queries.of(chunk, block_view(view, row, spec, positions), spec, positions[None])
-        return _collect(queries, out, row, lambda scores, mine: part(scores, mine, *others), how)
+        mine = block_view(view, row, spec, positions)
+        queries = Queries.of(
+            chunk, mine, spec, positions[None], noise=None if noise is None else noise.row(row)
+        )
+        if noise is not None:
+            others = (unpack(softmax_row(queries)[1], step), *others)
+        return _collect(queries, out, row, lambda scores, place: part(scores, place, *others), how)
 
     return each_block(query_starts, view.lengths, step, block, out).reshape(rows, columns, -1)
 
@@ -93,17 +105,23 @@ def _below(scores: jax.Array, lse: jax.Array, kv_heads: int, row: jax.Array) -> 
 
 
 def column_sums(
-    q: jax.Array, view: PagedView, spec: AttentionSpec, lse: jax.Array, *, weights: jax.Array | None = None,
-    heads: Fold = "sum", query_starts: jax.Array | None = None, tree: Tree | None = None,
+    q: jax.Array, view: PagedView, spec: AttentionSpec, lse: jax.Array | None, *,
+    weights: jax.Array | None = None, heads: Fold = "sum", noise: Noise | None = None,
+    query_starts: jax.Array | None = None, tree: Tree | None = None,
 ) -> jax.Array:  # fmt: skip
     """The attention that each stored token gets, f32[rows,Hkv,S]: a weighted sum over the row's query tokens.
 
     `weights` f32 of a number a query token ([B,n] or [C]; None: all 1; 0 leaves drafts out that were not accepted).
     Of the G query heads of a KV head the sum counts, or the largest. Over a row the columns add up to G times the
     sum of its weights (heads="sum"). Sums over chunks of a prompt add; decay is in the weights, and for what earlier
-    chunks left, in the caller's hands.
+    chunks left, in the caller's hands. With `noise`, instead of lse (None), one more pass finds the lse of the noisy
+    scores first.
     """
-    _check(q, lse, view, query_starts)
+    if (lse is None) == (noise is None):
+        raise ValueError(
+            "column_sums needs lse, or noise and lse=None: the op's lse is that of scores without noise"
+        )
+    _check(q, q[..., 0] if lse is None else lse, view, query_starts)
     if weights is None:
         weights = jnp.ones(q.shape[:-2], jnp.float32)
     if weights.shape != q.shape[:-2]:
@@ -116,8 +134,9 @@ def column_sums(
         by_token = grouped.sum(3) if heads == "sum" else grouped.max(3)
         return jnp.einsum("whns,wn->whs", by_token, weights[row])
 
-    beside = (lse, weights.astype(jnp.float32))
-    return _all_queries(q, view, spec, query_starts, tree, beside, part, "sum", kv_heads)
+    weights = weights.astype(jnp.float32)
+    beside = (weights,) if lse is None else (lse, weights)
+    return _all_queries(q, view, spec, query_starts, tree, beside, part, "sum", kv_heads, noise)
 
 
 def above(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenloom.attention.ops import AttentionSpec, PagedView
-from tokenloom.attention.probes import above, column_sums, logits, probabilities
+from tokenloom.attention.probes import Noise, above, column_sums, logits, probabilities
 from tokenloom.tests import attention_cases as cases
 
 CASES = {case.name: case for case in cases.CASES}
@@ -166,6 +166,42 @@ def test_chunks_of_a_prompt_add_up_to_the_whole():
         close(a, b)
 
 
+def gumbel(key, queries, keys, heads):
+    """The noise that `Noise` promises, float64[queries,heads,keys]."""
+    fold = jax.random.fold_in
+    each = jax.vmap(
+        jax.vmap(lambda n, s: jax.random.gumbel(fold(fold(key, n), s), heads), (None, 0)), (0, None)
+    )
+    z = np.asarray(each(queries, keys), np.float64)
+    return z.reshape(*z.shape[:2], -1).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("queries, page_size", [((19, 0, 4), 16), (2, 4)])
+def test_noisy_sums_are_keyformers(queries, page_size):
+    """Scores with noise and a temperature have a softmax of their own, which gives out each query's weight once."""
+    case = cases.Case("noisy", (19, 0, 9), queries, page_size=page_size, spec=AttentionSpec(0.125, window=12))
+    problem = cases.build(case, "rows")
+    noise = Noise(jax.random.split(jax.random.key(3), 3), jnp.array([1.0, 1.5, 2.0]))
+
+    @jax.jit
+    def probe(q, view, noise):
+        return column_sums(q, view, case.spec, None, noise=noise, query_starts=problem.query_starts)
+
+    got = np.asarray(probe(problem.q, problem.view, noise))
+    q, at = np.asarray(problem.q, np.float64).reshape(-1, case.heads, case.dim), 0
+    for row, (k, sees, count) in enumerate(zip(problem.k, problem.sees, case.counts)):
+        length = len(k)
+        if length:
+            x = np.einsum("nhd,shd->nhs", q[at : at + count], np.repeat(k, 2, axis=1)) * case.spec.scale
+            x = x + gumbel(noise.keys[row], np.arange(length - count, length), np.arange(length), (2, 2))
+            f = np.where(sees[:, None], np.exp(x / float(noise.temperatures[row])), 0)
+            f /= f.sum(-1, keepdims=True)
+            close(got[row, :, :length], f.reshape(count, 2, 2, length).sum((0, 2)))
+            close(got[row].sum(-1), np.full(2, 2 * count), 1e-4)
+        assert not got[row, :, length:].any()
+        at += count
+
+
 def shapes(C, S, heads, kv_heads, dim, page_size):
     """A prompt part of one row with C tokens over S, to be compiled only."""
     pages = (S // page_size + 1, kv_heads, page_size, dim)
@@ -202,6 +238,8 @@ def test_wrong_shapes_name_both_sides():
     q, view, starts, spec = problem.q, problem.view, problem.query_starts, case.spec
     with pytest.raises(ValueError, match="query_starts for the prompt part only"):
         column_sums(q, view, spec, lse)
+    with pytest.raises(ValueError, match="lse, or noise and lse=None"):
+        column_sums(q, view, spec, None, query_starts=starts)
     with pytest.raises(ValueError, match="pass what the op took and gave"):
         above(q, view, spec, lse[:-1], 0.1, query_starts=starts)
     with pytest.raises(ValueError, match=r"q has 4 rows, the view 2"):
