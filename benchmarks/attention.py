@@ -173,7 +173,8 @@ def main() -> None:
     parser.add_argument("--device", default="gpu", choices=["gpu", "tpu", "cpu"])
     parser.add_argument("--dtype", default="bfloat16", help="of queries, and of matmuls that are the ceiling")
     parser.add_argument("--kv-dtype", help="of the pages: int8, float8_e4m3fn; default: as --dtype")
-    parser.add_argument("--parts", nargs="+", default=[part.__name__ for part in PARTS])
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     device = use_device(arguments.device)

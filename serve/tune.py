@@ -8,8 +8,11 @@ One field of the tiles is searched after the other, all its candidates in turn i
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -81,30 +84,29 @@ def model_heads(config: ModelConfig, page_size: int, dtype: str, kv_dtype: str) 
 
 
 def works(heads: Heads, sizes: Sizes, quick: bool) -> list[tuple[Work, ...]]:
-    """What is timed, one tuple a case: decodes of one sequence and of all, and prompts in each chunk size, fresh and
-    far into a text. Texts are as long as memory allows, at most `max_model_len`."""
+    """What is timed, one tuple a case: decodes of one sequence and of all, and prompts in every second chunk size,
+    fresh and far into a text. Texts are as long as memory allows, at most `max_model_len`."""
     width, seats = -(-sizes.max_model_len // heads.page_size), sizes.max_num_seqs
     room = pool_bytes() // (4 * heads.token_bytes)
 
     def fitting(length: int, count: int = 1) -> int:
         return max(1, min(length, sizes.max_model_len, room // count))
 
-    long, short = fitting(sizes.max_model_len, seats), fitting(max(1, sizes.max_model_len // 8), seats)
-    decodes = [Work("rows", (long,) * seats, width)]
+    long, short = sizes.max_model_len, max(1, sizes.max_model_len // 8)
+    decodes = [Work("rows", (fitting(long, seats),) * seats, width)]
     if not quick:
-        decodes += [Work("rows", (short,) * seats, width), Work("rows", (long,), width)]
+        short = fitting(short, 2 * seats)
+        decodes += [Work("rows", (short,) * seats, width), Work("rows", (fitting(long),), width)]
         # One long text among short ones: the longest must not decide how long all take.
-        decodes += [Work("rows", (long, *(short,) * (seats - 1)), width)] if seats > 1 else []
-    found = [tuple(decodes)]
-    chunks = [
-        size
-        for size in BucketPlan.make(seats, sizes.max_num_batched_tokens).chunks
-        if size <= sizes.max_model_len
-    ]
-    for chunk in chunks[-1:] if quick else chunks:
-        far = fitting(chunk + sizes.max_model_len // 2)
-        fresh, late = (Work("prompt", (length,), width, chunk) for length in (chunk, max(chunk, far)))
-        found.append((fresh,) if quick or far <= chunk else (fresh, late))
+        decodes.append(Work("rows", (fitting(long, 2), *(short,) * (seats - 1)), width))
+    found = [tuple(dict.fromkeys(decodes))]
+    chunks = BucketPlan.make(seats, sizes.max_num_batched_tokens).chunks[::-1]
+    for chunk in chunks[:1] if quick else chunks[::2]:
+        count = -(-chunk // sizes.max_model_len)  # prompts that share it
+        tokens = chunk // count
+        far = fitting(tokens + sizes.max_model_len // 2, count)
+        calls = [Work("prompt", (length,) * count, width, tokens) for length in (tokens, far)]
+        found.append(tuple(calls[: 1 if quick or far <= tokens else 2]))
     return found
 
 
@@ -204,7 +206,8 @@ class _Bench:
         unless it is the first one: the error comes through."""
         columns = []
         for one in self.inputs:
-            calls = [self._call(one, choice, first=index == 0) for index, choice in enumerate(tiles)]
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                calls = list(pool.map(partial(self._call, one, first=tiles[0]), tiles))
             taken = iter(side_by_side([call for call in calls if call is not None], rounds, slack=SLACK))
             columns.append([math.inf if call is None else next(taken) for call in calls])
         return [list(row) for row in zip(*columns)]
@@ -228,11 +231,11 @@ class _Bench:
         times = self.times(tiles, rounds)
         return [_mean(a / b for a, b in zip(row, times[0])) for row in times]
 
-    def _call(self, one: Inputs, tiles: Tiles, first: bool) -> Callable[[], Any] | None:
+    def _call(self, one: Inputs, tiles: Tiles, first: Tiles) -> Callable[[], Any] | None:
         try:
             return one.caller(self._with(tiles), self.heads.spec())
         except (NotImplementedError, jax.errors.JaxRuntimeError):
-            if first:
+            if tiles == first:
                 raise
             return None
 
