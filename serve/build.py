@@ -23,6 +23,7 @@ from ..model.stacked import abstract_stacked, period_of, stack
 from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
 from ..pallas_kernels.attention.tuned import tiles_folder
 from ..pallas_kernels.chips import Chip
+from ..sharding.placement import Placement
 from .engine import Engine
 from .pages import PageAllocator
 from .policies.policy import Policy
@@ -61,9 +62,11 @@ class Build:
     overlap: bool | None = None
     attention_backend: str | None = None
     kv_cache_dtype: str | None = None
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")
+        for name in (*sizes, "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
@@ -80,9 +83,28 @@ class Build:
     def backends(self) -> tuple[Backend, ...]:
         """Attention back ends for the default device, in the order in which they are tried."""
         chip = Chip.of(jax.devices()[0])
-        if self.attention_backend is not None:
-            return named(self.attention_backend, chip)
-        return backends(chip, tiles_folder())
+        named_one = self.attention_backend
+        found = backends(chip, tiles_folder()) if named_one is None else named(named_one, chip)
+        return found if self.placement is None else self.placement.backends(found)
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the model lives; None: on the default device."""
+        return None if self.tensor_parallel_size == 1 else Placement.tensor(self.tensor_parallel_size)
+
+    def shardings(self, config: ModelConfig, numerics: Numerics) -> Any:
+        """The sharding of each parameter of the checkpoint; None: the default device. ValueError where the model
+        does not split."""
+        if self.placement is None:
+            return None
+        for block in config.blocks:
+            heads = block.mixer.kv_heads if isinstance(block.mixer, AttentionConfig) else 0
+            if heads % self.tensor_parallel_size:
+                raise ValueError(
+                    f"tensor_parallel_size={self.tensor_parallel_size} does not divide the model's {heads} KV heads; "
+                    f"choose a size that does"
+                )
+        return self.placement.params(*checkpoint.abstract(config, numerics))
 
 
 def choose_numerics(dtype: str | None, stored: str, platform: str | None = None) -> Numerics:
@@ -209,17 +231,21 @@ def build_engine(
     paged = page_bytes(config, 1, numerics.dtype) > 0
     width = -(-length // page_size) if paged else 0
     budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
-    period = None if numerics.platform == "cpu" else period_of(config)
+    period, place = None if numerics.platform == "cpu" else period_of(config), build.placement
     if period is None:
         graphdef, _ = checkpoint.abstract(config, numerics)
     else:
-        graphdef, params = abstract_stacked(config, numerics, period)[0], stack(params, period)
+        graphdef, specs = abstract_stacked(config, numerics, period)
+        params = stack(params, period)
+        if place is not None:
+            params = jax.device_put(params, place.params(graphdef, specs))
     snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
         num_pages, page_size, build.max_num_seqs, numerics.dtype, build.backends(), snapshots,
         build.kv_dtype(numerics.dtype),
     )  # fmt: skip
-    state = jax.jit(lambda: make_state(config, capacity, period))()
+    empty = partial(make_state, config, capacity, period)
+    state = jax.jit(empty, out_shardings=None if place is None else place.state(jax.eval_shape(empty)))()
     off = no_prefix_cache(state, build, length, page_size, snapshots)
     copies = Snapshots(snapshots, page_size) if snapshots and off is None else None
     pages = PageAllocator(num_pages, page_size, off=off, snapshots=copies)
@@ -227,6 +253,7 @@ def build_engine(
         graphdef, params, state, Sampler(config.vocab_size, build.max_num_seqs),
         BucketPlan.make(build.max_num_seqs, budget),
         page_size=page_size, width=width, period=period, strict=build.strict,
+        whole=None if place is None else place.whole,
     )  # fmt: skip
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
     make = Engine if build.telemetry is None else partial(MeasuredEngine, telemetry=build.telemetry)

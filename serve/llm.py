@@ -25,6 +25,7 @@ from .locks import FairLock
 from .outputs import RequestOutput
 from .policies.policy import Policy
 from .request import Request
+from .sampling.cyclic_reflex import with_reflection_tokens
 from .sampling.params import SamplingParams
 from .stream import Stream
 from .telemetry.engine import MeasuredEngine
@@ -63,6 +64,7 @@ class LLM:
             Kernels for another device run interpreted, for tests.
         kv_cache_dtype: how keys and values are stored: "float32", "bfloat16", "float16", or quantised with a scale
             for each token and head, "int8" or "fp8"; None: as activations are.
+        tensor_parallel_size: devices that one model is split over: heads, MLP and vocabulary.
         skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).
 
@@ -77,18 +79,20 @@ class LLM:
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
+        tensor_parallel_size: int = 1,
     ):  # fmt: skip
         bounds = Bounds(max_output_tokens, max_waiting)
         folder = checkpoint.resolve(model)
         config = checkpoint.load_config(folder)[1]
         tokenizer = None if skip_tokenizer_init else Tokenizer.load(folder)
         numerics = choose_numerics(dtype, config.dtype)
-        params = checkpoint.load(folder, config, numerics)
         self.folder: Path | None = folder
         build = Build(
             max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
             prefix_cache, policy, Telemetry.of(telemetry), overlap, attention_backend, kv_cache_dtype,
+            tensor_parallel_size,
         )  # fmt: skip
+        params = checkpoint.load(folder, config, numerics, build.shardings(config, numerics))
         self._start(str(model), config, numerics, params, tokenizer, build, progress, bounds)
 
     @classmethod
@@ -100,6 +104,7 @@ class LLM:
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
+        tensor_parallel_size: int = 1,
     ) -> Self:  # fmt: skip
         """A model with random weights drawn from `seed`: `config` is a ModelConfig or a config.json's dict."""
         bounds = Bounds(max_output_tokens, max_waiting)
@@ -111,8 +116,10 @@ class LLM:
         build = Build(
             max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
             prefix_cache, policy, Telemetry.of(telemetry), overlap, attention_backend, kv_cache_dtype,
+            tensor_parallel_size,
         )  # fmt: skip
         params = checkpoint.random_params(config, numerics, seed)
+        params = jax.device_put(params, build.shardings(config, numerics))
         name = f"{config.model_type} (random)"
         self._start(name, config, numerics, params, tokenizer, build, progress, bounds)
         return self
@@ -401,6 +408,7 @@ class LLM:
             raise ValueError(f"sampling_params={params!r} is a {type(params).__name__}; give SamplingParams")
         with self._lock:
             self._check_open()
+            params = with_reflection_tokens(params, self.tokenizer)
             index, self._requests = self._requests, self._requests + 1
             seed = params.seed if params.seed is not None else _derive_seed(self.seed, index)
             request = Request(

@@ -141,11 +141,13 @@ class Programs:
     def __init__(
         self, graphdef: nnx.GraphDef, params: Any, state: tuple, sampler: Sampler, plan: BucketPlan, *,
         page_size: int, width: int, period: int | None = None, strict: bool = False,
+        whole: jax.sharding.Sharding | None = None,
     ):  # fmt: skip
+        """`whole`: on a mesh, the sharding of what is replicated: all but params and state."""
         self.graphdef, self.params, self.state = graphdef, params, state
         self.sampler, self.plan = sampler, plan
         self.page_size, self.width, self.period, self.strict = page_size, width, period, strict
-        self.sampler_state = jax.jit(sampler.init)()
+        self.whole, self.sampler_state = whole, jax.device_put(jax.jit(sampler.init)(), whole)
         self.compiled: dict[Any, Any] = {}
         self.late_compilations = 0
         self._watching = False
@@ -156,26 +158,31 @@ class Programs:
         plan, hidden = self.plan, jax.eval_shape(self._hidden, self.params)
         spec = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding))
         params, state, sampler_state = spec(self.params), spec(self.state), spec(self.sampler_state)
+        given = partial(jax.ShapeDtypeStruct, sharding=self.whole)
         row = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
-            self.sampler.row(SamplingParams(), prompt_ids=[0]),
+            lambda a: given(a.shape, a.dtype), self.sampler.row(SamplingParams(), prompt_ids=[0])
         )
-        ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        ints = partial(given, dtype=jnp.int32)
 
         def x(rows: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype)
+            return given((rows, *hidden.shape[1:]), hidden.dtype)
 
-        def build(name: str, function: Callable, donate: tuple[int, ...], *args: Any) -> Callable[[], Any]:
+        def build(name: str, function: Callable, donate: tuple[int, ...], *args: Any, out: Any = self.whole):
             function = jax.named_scope(name)(function)  # in traces: the program and its operations
             function.__name__ = name
-            return lambda: jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            placed = {} if self.whole is None else {"out_shardings": out}
+            return lambda: jax.jit(function, donate_argnums=donate, **placed).lower(*args).compile()
+
+        def places(specs: tuple) -> tuple:
+            return jax.tree.map(lambda spec: spec.sharding, specs)
 
         jobs: dict[Any, Callable[[], Any]] = {}
         for shape in plan.backbones():
             run = backbone(self.graphdef, shape, self.width, self.page_size, plan.chunks[-1])
             packed = ints((descriptor_size(shape, self.width),))
             name = f"{shape.kind}_B{shape.B}_q{shape.q}_R{shape.R}_C{shape.C}"
-            jobs[shape] = build(name, run, (1,), params, state, sampler_state.last_token, packed)
+            out = self.whole, self.whole, places(state)
+            jobs[shape] = build(name, run, (1,), params, state, sampler_state.last_token, packed, out=out)
         for rows in plan.heads():
             run = head(self.graphdef, self.sampler)
             jobs["head", rows] = build(
@@ -184,7 +191,8 @@ class Programs:
         run, chunk = score(self.graphdef, self.sampler.max_logprobs), plan.chunks[-1]
         jobs["score"] = build("score", run, (), params, x(chunk), ints((chunk,)), ints(()))
         if self._recurrent(state):
-            jobs["copy"] = build("copy", copy_rows, (0,), self._recurrent(state), ints(()), ints(()))
+            kept = self._recurrent(state)
+            jobs["copy"] = build("copy", copy_rows, (0,), kept, ints(()), ints(()), out=places(kept))
         jobs["admit"] = build("admit", self.sampler.admit, (0,), sampler_state, ints(()), row)
         return jobs
 
