@@ -52,6 +52,30 @@ def test_drawn_cases_with_the_heuristic(seed):
     cases.check(TritonKernels(SMALL, interpret=True), cases.drawn(seed))
 
 
+@pytest.mark.parametrize("queries", [1, (1, 1)])
+def test_what_no_query_sees_may_be_nan(queries):
+    """Behind the ends of texts, and before their windows: a page there may have been given to somebody else."""
+    case = cases.Case("nan", (37, 16), queries, spec=AttentionSpec(0.125, window=9), padding=0)
+    problem = cases.build(case, "rows")
+    k, v = np.full(problem.view.k_pages.shape, np.nan, np.float32), np.full_like(problem.view.k_pages, np.nan)
+    table = np.asarray(problem.view.table).copy()
+    for row, length in enumerate(case.lengths):
+        at = np.arange(length - 9, length)
+        here = table[row, at // 16], slice(None), at % 16
+        k[here], v[here] = problem.k[row][at], problem.v[row][at]
+        table[row, : (length - 9) // 16] = -7
+    view = replace(problem.view, k_pages=jnp.asarray(k), v_pages=jnp.asarray(v), table=jnp.asarray(table))
+    kernel = TritonKernels(SMALL, interpret=True, tiles=ODD)
+    [(out, lse)] = cases.run(kernel, case, replace(problem, view=view))
+    np.testing.assert_allclose(out, problem.out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse, problem.lse, rtol=1e-5, atol=1e-5)
+
+
+def test_no_tokens():
+    case = cases.Case("none", (0,), (0,), padding=0)
+    cases.check(TritonKernels(SMALL, interpret=True), case)
+
+
 def test_a_row_gives_the_same_bits_alone_and_in_any_batch():
     """Rows of other lengths, a wider table and other programs change nothing: segments follow the row alone."""
     kernel = TritonKernels(SMALL, interpret=True, tiles=SHORT)

@@ -41,6 +41,8 @@ class TritonKernels:
         self, q: jax.Array, view: PagedView, spec: AttentionSpec, tree: Tree | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """See `Backend.rows`. One kernel, or two where a row may have more than one segment."""
+        if not q.size:
+            return _nothing(q)
         B, n, heads, dim = q.shape
         product = Product.of(q.dtype, view.k_pages.dtype, self.interpret)
         tiles = self._tiles("rows", q, view)
@@ -61,6 +63,8 @@ class TritonKernels:
         self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec
     ) -> tuple[jax.Array, jax.Array]:
         """See `Backend.prompt`."""
+        if not q.size:
+            return _nothing(q)
         tiles = self._tiles("prompt", q, view)
         product = Product.of(q.dtype, view.k_pages.dtype, self.interpret)
         grid = (-(-q.shape[0] // tiles.queries), view.kv_heads)
@@ -104,3 +108,8 @@ class TritonKernels:
         tiles = self.tiles or self.tuned.lookup(case) or TritonTiles.choose(case, self.chip)
         tiles.check(case, self.chip)
         return tiles
+
+
+def _nothing(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of no tokens: a grid has at least one program."""
+    return q, jnp.zeros(q.shape[:-1], jnp.float32)
