@@ -20,8 +20,8 @@ from .outputs import FinishReason
 from .pages import PageAllocator
 from .policies.policy import Policy
 from .programs import Programs
-from .request import Request, Sample, bad_word_ids, make_logprobs, make_sample
-from .sampling.sampler import Sampled, Scores, read
+from .request import Request, Sample, bad_word_ids, make_logprobs, make_sample, read_scores
+from .sampling.sampler import Sampled, read
 from .scheduler import Chunk, Scheduler, Sequence, Work
 from .tokenizer import Tokenizer
 
@@ -33,6 +33,7 @@ class Launched:
     sampled: Sampled
     rows: list[tuple[int, Sequence, int]]
     logprobs: bool
+    carry: bool
     scores: Any
     scored: list[tuple[int, Chunk]]
 
@@ -158,19 +159,21 @@ class Engine:
         ]
         scores = self._score(prompt_x, scored) if scored else None
         logprobs = any(sequence.owner.logprobs is not None for _, sequence, _ in rows)
-        for array in (sampled.token, *([sampled.detail] if logprobs else [])):
-            array.copy_to_host_async()
+        carry = any(sequence.owner.request.params.carries for _, sequence, _ in rows)
+        for array, wanted in (sampled.token, True), (sampled.detail, logprobs), (sampled.carry, carry):
+            if wanted:
+                array.copy_to_host_async()
         self.steps += 1
         self.real_tokens += len(work.decodes) + sum(chunk.count for chunk in work.chunks)
         self.padded_tokens += shape.T
-        return Launched(sampled, rows, logprobs, scores, scored)
+        return Launched(sampled, rows, logprobs, carry, scores, scored)
 
     def _sampler_row(self, sample: Sample) -> dict[str, np.ndarray]:
         request, params = sample.request, sample.request.params
         return self.programs.sampler.row(
             params, prompt_ids=request.prompt_ids, output_ids=sample.token_ids,
             eos_ids=sorted(sample.eos_ids), seed=request.seed, sample_index=sample.index,
-            bad_word_ids=request.bad_word_ids,
+            bad_word_ids=request.bad_word_ids, carry=sample.carry,
         )  # fmt: skip
 
     @staticmethod
@@ -243,9 +246,10 @@ class Engine:
     def postprocess(self, launched: Launched) -> list[Sample]:
         """Read a step's tokens, advance its samples, end those that are done."""
         if launched.scored:
-            self._read_scores(read(np.asarray(launched.scores)), launched.scored)
+            read_scores(self.tokenizer, read(np.asarray(launched.scores)), launched.scored)
         tokens = np.asarray(launched.sampled.token).tolist()
         details = read(np.asarray(launched.sampled.detail)) if launched.logprobs else None
+        carry = np.asarray(launched.sampled.carry).tolist() if launched.carry else None
         advanced, now = [], time()
         for row, sequence, epoch in launched.rows:
             if sequence.finished or sequence.epoch != epoch:
@@ -255,6 +259,7 @@ class Engine:
             token, entry, count = tokens[row], None, sample.request.params.logprobs
             if details is not None and count is not None:
                 entry = make_logprobs(self.tokenizer, token, details, row, count)
+            sample.carry = carry[row] if carry and sample.request.params.carries else None
             sample.accept(token, entry, self.weight_version)
             metrics = sample.request.metrics
             metrics.first_token_time, metrics.last_token_time = metrics.first_token_time or now, now
@@ -264,12 +269,3 @@ class Engine:
                     metrics.finished_time = now
             advanced.append(sample)
         return advanced
-
-    def _read_scores(self, scores: Scores, scored: list[tuple[int, Chunk]]) -> None:
-        for at, chunk in scored:
-            request: Request = chunk.sequence.owner.request
-            count, entries = request.params.prompt_logprobs, request.prompt_logprobs
-            assert count is not None and entries is not None
-            for place in range(chunk.start, min(chunk.start + chunk.count, len(request.prompt_ids) - 1)):
-                token, row = request.prompt_ids[place + 1], at + place - chunk.start
-                entries[place + 1] = make_logprobs(self.tokenizer, token, scores, row, count)

@@ -64,7 +64,8 @@ class CompletionOutput:
     (its quota is used up; the text is what is certain by then), "timeout", "abort", "error"; None while it is
     still running. stop_reason: the stop string or the stop token's id, or "repetition_detected"; None when an
     end-of-sequence token ended it, or nothing did. weight_versions: for each token of `token_ids` the
-    `LLM.weight_version` of the weights that chose it; it never falls.
+    `LLM.weight_version` of the weights that chose it; it never falls. carry: numbers of logits processors that
+    `LLM.resume` needs besides the tokens (Mirostat's mu); None where the tokens say all.
     """
 
     index: int
@@ -75,6 +76,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     weight_versions: Sequence[int] = ()
+    carry: list[float] | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None

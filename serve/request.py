@@ -11,7 +11,7 @@ from .outputs import RESUMABLE, CompletionOutput, FinishReason, Logprob, Request
 from .repetition import RepetitionDetectionParams, RepetitionDetector
 from .sampling.params import SamplingParams
 from .sampling.sampler import Scores
-from .scheduler import Sequence
+from .scheduler import Chunk, Sequence
 from .tokenizer import Tokenizer
 
 
@@ -97,7 +97,8 @@ class Sample:
     """One of a request's n generations: its sequence, its text, its log-probabilities, and why it ended.
 
     `end` is the length (tokens) at which it is complete; its sequence's `limit` may come earlier (the quota of a
-    segment). All else is a function of the tokens accepted so far, so a sample is continued by replaying them.
+    segment). All else is a function of the tokens accepted so far, so a sample is continued by replaying them;
+    but `carry` (`Sampled.carry` of the last one) is not, where a logits processor remembers more.
     """
 
     request: Request
@@ -113,6 +114,7 @@ class Sample:
     end: int = 0
     repetition: RepetitionDetector | None = None
     weight_versions: list[int] = field(default_factory=list)
+    carry: list[float] | None = None
 
     @property
     def text(self) -> str:
@@ -159,6 +161,12 @@ class Sample:
                 f"{len(versions)} weight versions and log-probabilities for {len(logprobs or ())}, where "
                 f"logprobs={self.request.params.logprobs} was asked for; pass the output unchanged"
             )
+        if tokens and carried.carry is None and self.request.params.carries:
+            raise ValueError(
+                f"sample {self.index} of request {self.request.request_id!r} cannot go on from its tokens alone: "
+                f"mirostat_mode={self.request.params.mirostat_mode} needs its output's `carry` too; pass the output "
+                "unchanged"
+            )
         for place, token in enumerate(tokens):
             if self.finish_reason is not None:
                 raise ValueError(
@@ -167,6 +175,7 @@ class Sample:
                     "end-of-text tokens and tokenizer are those that it was made with"
                 )
             self.accept(token, None if logprobs is None else logprobs[place], versions[place])
+        self.carry = carried.carry
         if carried.finish_reason not in RESUMABLE:
             self.finish_reason, self.stop_reason = carried.finish_reason, carried.stop_reason
             self.close()
@@ -194,6 +203,7 @@ class Sample:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             weight_versions=list(self.weight_versions),
+            carry=self.carry,
         )
 
 
@@ -247,3 +257,14 @@ def make_logprobs(
         index = int(scores.top_ids[row, place])
         entries.setdefault(index, Logprob(float(scores.top_logprobs[row, place]), place + 1, text(index)))
     return entries
+
+
+def read_scores(tokenizer: Tokenizer | None, scores: Scores, scored: Iterable[tuple[int, Chunk]]) -> None:
+    """Put the log-probabilities of prompt tokens into their requests; a chunk's rows begin at its number."""
+    for at, chunk in scored:
+        request: Request = chunk.sequence.owner.request
+        count, entries = request.params.prompt_logprobs, request.prompt_logprobs
+        assert count is not None and entries is not None
+        for place in range(chunk.start, min(chunk.start + chunk.count, len(request.prompt_ids) - 1)):
+            token, row = request.prompt_ids[place + 1], at + place - chunk.start
+            entries[place + 1] = make_logprobs(tokenizer, token, scores, row, count)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tokenloom.serve.sampling.inverse import draw
 from tokenloom.serve.sampling.keys import Purpose, row_keys, seed_words, uniform
+from tokenloom.serve.sampling.mirostat import Mirostat
 from tokenloom.serve.sampling.params import SamplingParams
 from tokenloom.serve.sampling.processors import Context, pack_bits, unpack_bits
 from tokenloom.serve.sampling.sampler import DEFAULT, Sampler, prompt_logprobs, read
@@ -301,11 +302,20 @@ def test_seed_sample_index_and_position_decide_and_nothing_else():
 
 # Laws of processors
 
+REFLECTS = {"reflection_amplitude": 4.0, "reflection_period": 9, "thinking_end_token_ids": (8,),
+            "reflection_token_ids": (3, 12, 20)}  # fmt: skip
+STEERS = {"mirostat_tau": 2.0, "mirostat_eta": 0.7}
 MIX = [
     SamplingParams(temperature=0, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=3),
-    SamplingParams(top_k=4, presence_penalty=-0.5, logit_bias={7: 3.0, 8: -2.5}),
-    SamplingParams(top_p=0.6, temperature=0.7, allowed_token_ids=list(range(5, 30)), min_tokens=3),
-    SamplingParams(min_p=0.05, temperature=1.7, logprobs=5, logprobs_mode="processed"),
+    SamplingParams(
+        top_k=9, top_p=0.6, min_p=0.05, presence_penalty=-0.5, logit_bias={7: 3.0, 8: -2.5}, **REFLECTS
+    ),
+    SamplingParams(
+        temperature=0.7, allowed_token_ids=list(range(5, 30)), min_tokens=3, **STEERS, mirostat_mode=1
+    ),
+    SamplingParams(
+        temperature=1.7, logprobs=5, logprobs_mode="processed", **STEERS, mirostat_mode=2, **REFLECTS
+    ),
 ]
 BAD = [(9,), (11, 12), (3, 4, 5)]
 
@@ -338,11 +348,13 @@ def test_rows_that_are_not_live_leave_no_trace():
 
 
 @cache
-def used_by_two():
-    """The state with requests that want everything at seats 1 and 3, nothing at 0 and 2, one step on."""
+def used_by_two(steered):
+    """The state with requests that want everything at seats 1 and 3, nothing at 0 and 2, one step on; `steered`
+    by Mirostat, or truncated."""
     busy = SamplingParams(
         repetition_penalty=1.7, presence_penalty=1, frequency_penalty=1, allowed_token_ids=[4, 5], min_tokens=9,
-        logit_bias={4: 5.0}, temperature=0.3, top_k=1, top_p=0.1, min_p=0.5,
+        logit_bias={4: 5.0}, temperature=0.3, **REFLECTS,
+        **({**STEERS, "mirostat_mode": 2} if steered else dict(top_k=1, top_p=0.1, min_p=0.5)),
     )  # fmt: skip
     known = {"prompt_ids": [1, 2], "output_ids": [3, 3]}
     kinds = [SamplingParams(), busy, SamplingParams(temperature=0), busy]
@@ -355,7 +367,8 @@ def used_by_two():
 @pytest.mark.parametrize("index", range(len(DEFAULT)), ids=[type(p).__name__ for p in DEFAULT])
 def test_neutral_parameters_change_nothing_to_the_bit(index):
     """Also beside neighbours that use everything."""
-    processor, held = DEFAULT[index], used_by_two().processors[index]
+    processor = DEFAULT[index]
+    held = used_by_two(isinstance(processor, Mirostat)).processors[index]
     z = random_logits(2)
     z[0, :4] = [0.0, -0.0, -np.inf, 1e-40]
     z[2, 3] = 1e-40
@@ -478,17 +491,20 @@ def test_admission_wipes_the_seats_former_occupant():
 
 
 def test_a_resumed_request_is_as_if_uninterrupted():
-    """Counts, recent tokens and random numbers come back from the tokens alone; another seat will do."""
+    """Counts, recent tokens, phases and random numbers come back from the tokens, Mirostat's mu is what `carry`
+    said; another seat will do."""
     busy = [SamplingParams(**{**vars(p), "presence_penalty": 1.0, "frequency_penalty": 0.3}) for p in MIX]
     requests = [(p, {"bad_word_ids": BAD}) for p in busy]
-    state, z, tokens = admit_all(requests), random_logits(21), []
+    state, z, tokens, carries = admit_all(requests), random_logits(21), [], []
     for position in range(3, 9):
         token, _, state = step(state, z, [position] * N)
         tokens.append(token)
+        carries.append(np.asarray(programs()[0].carry(state, jnp.arange(N))).tolist())
     for half in (1, 4):
         outputs = np.stack(tokens[:half], 1)
         resumed = [
-            (p, {**known, "output_ids": outputs[i], "seed": i}) for i, (p, known) in enumerate(requests)
+            (p, {**known, "output_ids": outputs[i], "seed": i, "carry": carries[half - 1][i]})
+            for i, (p, known) in enumerate(requests)
         ]
         back = admit_all(resumed[::-1])
         np.testing.assert_array_equal(back.last_token[:N], outputs[::-1, -1])

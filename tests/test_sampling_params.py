@@ -15,6 +15,14 @@ REFUSED = {
     "top_p": [0, -0.1, 1.01, NAN, False, "0.9", None],
     "top_k": [-2, 1.0, True, "5", None],
     "min_p": [-0.01, 1.01, NAN, True, "0"],
+    "mirostat_mode": [3, -1, 1.0, True, None],
+    "mirostat_tau": [-0.1, 65, NAN, True, "3", None],
+    "mirostat_eta": [-0.1, 1.01, NAN, True],
+    "reflection_amplitude": [-1, 101, NAN, True, None],
+    "reflection_period": [0, 1, 2.5, True, 2**23 + 1, None],
+    "reflection_shift": [-0.1, 1.1, NAN],
+    "reflection_token_ids": [[-1], "12", [0.5], list(range(65))],
+    "thinking_end_token_ids": [[-1], list(range(9))],
     "repetition_penalty": [0, -1, INF, NAN, True, "1"],
     "presence_penalty": [-2.1, 2.1, NAN, INF, True],
     "frequency_penalty": [-2.1, 2.1, NAN, -INF, True],
@@ -45,6 +53,14 @@ ACCEPTED = {
     "top_p": [1, 1.0, 1e-9, 0.5],
     "top_k": [-1, 0, 1, 10**9],
     "min_p": [0, 1, 0.05],
+    "mirostat_mode": [0, 1, 2],
+    "mirostat_tau": [0, 3, 64.0],
+    "mirostat_eta": [0, 1, np.float32(0.5)],
+    "reflection_amplitude": [0, 5.0],
+    "reflection_period": [2, 1200, 2**23],
+    "reflection_shift": [0, 0.25, 1],
+    "reflection_token_ids": [None, [], [3, 4], list(range(64))],
+    "thinking_end_token_ids": [None, [], (7,)],
     "repetition_penalty": [0.01, 1, 3.0],
     "presence_penalty": [-2, 2],
     "frequency_penalty": [-2.0, 2.0],
@@ -86,6 +102,9 @@ def test_messages_name_the_limit_and_the_remedy():
         ValueError, match=r"min_tokens=20 is more than max_tokens=16; lower min_tokens or raise"
     ):
         SamplingParams(min_tokens=20)
+    for name, value in {"top_p": 0.9, "top_k": 1, "min_p": 1.0}.items():
+        with pytest.raises(ValueError, match=rf"mirostat_mode=2 stands instead of .* but {name}={value}"):
+            SamplingParams(mirostat_mode=2, **{name: value})
     with pytest.raises(ValueError, match="stop_token_ids, or detokenize=True"):
         SamplingParams(stop="x", detokenize=False)
 

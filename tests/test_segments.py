@@ -19,6 +19,10 @@ KINDS = {
         max_tokens=LENGTH, seed=11, n=2, stop_token_ids=range(12), min_tokens=9, logprobs=3,
     ),
     "engine's seed": SamplingParams(temperature=1.0, max_tokens=LENGTH, n=2, logit_bias={7: 2.5}),
+    "steered": SamplingParams(
+        mirostat_mode=2, mirostat_tau=4.0, mirostat_eta=0.8, seed=5, n=2, max_tokens=LENGTH, logprobs=1,
+        reflection_amplitude=3.0, reflection_period=10, reflection_token_ids=range(20), thinking_end_token_ids=[99],
+    ),
     "repetition": SamplingParams(
         temperature=0.0, max_tokens=LENGTH, logit_bias={5: 100.0},
         repetition_detection=dict(max_pattern_size=4, min_count=9),

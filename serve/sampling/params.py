@@ -23,6 +23,9 @@ MAX_BIASES = 320
 MAX_BIAS = 100.0
 MAX_BAD_WORDS = 64
 MAX_SEED = 2**64 - 1
+MAX_REFLECTION_TOKENS = 64
+MAX_THINKING_ENDS = 8
+MAX_PERIOD = 2**23  # exact in float32
 GREEDY_BELOW = 1e-5
 
 
@@ -35,10 +38,19 @@ class SamplingParams:
     top_p                keep the smallest set of most likely tokens with this probability; 1 keeps all
     top_k                keep this many most likely tokens; 0 or -1 keeps all
     min_p                drop tokens less likely than this fraction of the most likely one
+    mirostat_mode        1 or 2: Mirostat of that version instead of top_p, top_k and min_p; 0: off
+    mirostat_tau         the mean surprise of a token (bits) that Mirostat steers to
+    mirostat_eta         how fast: the share of an error that is corrected at the next token
     repetition_penalty   > 1 discourages tokens of the prompt and the output (Keskar et al. 2019, eq. 1)
     presence_penalty     subtracted once from the logit of each token of the output
     frequency_penalty    subtracted once per occurrence in the output
     logit_bias           token id -> number added to its logit
+    reflection_amplitude  CyclicReflex: the logits of reflection tokens rise and fall by this much, in a triangular
+                         wave, until thinking ends; 0: off
+    reflection_period    tokens of one wave
+    reflection_shift     where in the wave the output begins, as a share of the period
+    reflection_token_ids  the tokens; None: the tokenizer's forms of "wait", "but" and "alternatively"
+    thinking_end_token_ids  the tokens that end thinking; None: the tokenizer's "</think>"
     allowed_token_ids    only these tokens may be sampled
     bad_words            texts that may not be generated: their last token is banned where the output ends
                          in the tokens before it
@@ -68,10 +80,18 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    mirostat_mode: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
+    reflection_amplitude: float = 0.0
+    reflection_period: int = 600
+    reflection_shift: float = 0.0
+    reflection_token_ids: Sequence[int] | None = None
+    thinking_end_token_ids: Sequence[int] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     stop: str | Sequence[str] | None = None
@@ -110,6 +130,13 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; "
                 "lower min_tokens or raise max_tokens"
             )
+        instead = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
+        if self.mirostat_mode and any(instead.values()):
+            name = next(name for name, used in instead.items() if used)
+            raise ValueError(
+                f"mirostat_mode={self.mirostat_mode} stands instead of top_p, top_k and min_p, but {name}="
+                f"{getattr(self, name)!r}; leave that out, or use mirostat_mode=0"
+            )
         if self.stop and not self.detokenize:
             raise ValueError(
                 f"stop={self.stop!r} needs text, but detokenize=False; use stop_token_ids, or detokenize=True"
@@ -124,6 +151,12 @@ class SamplingParams:
         real("repetition_penalty", 0.0, f32_max, "use 1 for no penalty", open_low=True)
         real("presence_penalty", -2.0, 2.0, "use 0 for no penalty")
         real("frequency_penalty", -2.0, 2.0, "use 0 for no penalty")
+        whole("mirostat_mode", 0, 2, "use 2, or 1 for the first version, or 0 for none")
+        real("mirostat_tau", 0.0, 64.0, "it is a surprise in bits, usually 2 to 6")
+        real("mirostat_eta", 0.0, 1.0, "use 0.1, or up to 1 for a quicker response")
+        real("reflection_amplitude", 0.0, MAX_BIAS, "use 0 for none")
+        real("reflection_shift", 0.0, 1.0, "it is a share of the period")
+        whole("reflection_period", 2, MAX_PERIOD, "it is a number of tokens, usually 600 to 1200")
         whole("top_k", -1, None, "use 0 or -1 to keep every token")
         whole("n", 1, MAX_N, "ask for at least one sample, and send several requests for more")
         whole("max_tokens", 1, None, "use None for as many as the engine allows", optional=True)
@@ -140,6 +173,10 @@ class SamplingParams:
         self._set("stop", _texts("stop", stop, MAX_STOP_STRINGS))
         self._set("bad_words", _texts("bad_words", self.bad_words, MAX_BAD_WORDS))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS))
+        for name, limit in (
+            ("reflection_token_ids", MAX_REFLECTION_TOKENS), ("thinking_end_token_ids", MAX_THINKING_ENDS),
+        ):  # fmt: skip
+            self._set(name, _token_ids(name, getattr(self, name), limit))
         allowed = _token_ids("allowed_token_ids", self.allowed_token_ids, None)
         if allowed == ():
             raise ValueError(
@@ -153,6 +190,8 @@ class SamplingParams:
         groups = {
             "allowed_token_ids": self.allowed_token_ids,
             "stop_token_ids": self.stop_token_ids,
+            "reflection_token_ids": self.reflection_token_ids,
+            "thinking_end_token_ids": self.thinking_end_token_ids,
             "logit_bias": self.logit_bias,
         }
         for name, ids in groups.items():
@@ -173,6 +212,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True when the most likely token is taken and nothing is drawn."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def carries(self) -> bool:
+        """True when a generation cannot go on from its tokens alone (`Processor.carried`)."""
+        return self.mirostat_mode > 0
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

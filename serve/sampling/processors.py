@@ -67,10 +67,18 @@ class Context:
 
 
 class Processor(Protocol):
-    """The door. `wanted` says which rows `apply` may change: where none is live, `apply` is skipped."""
+    """The door. `wanted` says which rows `apply` may change: where none is live, `apply` is skipped. `update` sees
+    the sampled tokens i32[N] and the logits [N,V] as they left the last processor.
+
+    carried: names of state entries f32[S+1] that a request's tokens do not determine. The host reads them with its
+    tokens and gives them back, in place of what `row` said, when the request resumes.
+    """
 
     @property
     def stage(self) -> Stage: ...
+
+    @property
+    def carried(self) -> tuple[str, ...]: ...
 
     def init(self, seats: int, vocab: int) -> State: ...
 
@@ -82,7 +90,9 @@ class Processor(Protocol):
 
     def apply(self, state: State, seats: jax.Array, logits: jax.Array, ctx: Context) -> jax.Array: ...
 
-    def update(self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array) -> State: ...
+    def update(
+        self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array, logits: jax.Array
+    ) -> State: ...
 
 
 def place(state: State, seat: jax.Array, row: Row) -> State:
@@ -100,6 +110,7 @@ class Penalties:
     """
 
     stage: Stage = Stage.PENALTY
+    carried: tuple[str, ...] = ()
 
     def init(self, seats: int, vocab: int) -> State:
         return {
@@ -132,7 +143,9 @@ class Penalties:
         shift = frequency * counts.astype(jnp.float32) + presence * (counts > 0)
         return jnp.where(shift != 0, penalised - shift, penalised)
 
-    def update(self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array) -> State:
+    def update(
+        self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array, logits: jax.Array
+    ) -> State:
         history = state["history"].at[seats, tokens].add(keep.astype(jnp.int32))
         return {**state, "history": history}
 
@@ -150,6 +163,7 @@ class TokenMask:
     length: int = 16
     stops: int = MAX_STOP_TOKENS + 16
     stage: Stage = Stage.MASK
+    carried: tuple[str, ...] = ()
 
     def init(self, seats: int, vocab: int) -> State:
         S, W, L = seats + 1, self.words, self.length
@@ -236,7 +250,9 @@ class TokenMask:
         nothing = (banned == -jnp.inf).all(-1, keepdims=True)
         return jnp.where(nothing, stopped, banned)
 
-    def update(self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array) -> State:
+    def update(
+        self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array, logits: jax.Array
+    ) -> State:
         recent = state["recent"][seats]
         shifted = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
         recent = jnp.where(keep[:, None], shifted, recent)
@@ -249,6 +265,7 @@ class LogitBias:
 
     entries: int = MAX_BIASES
     stage: Stage = Stage.SHIFT
+    carried: tuple[str, ...] = ()
 
     def init(self, seats: int, vocab: int) -> State:
         return {
@@ -280,7 +297,9 @@ class LogitBias:
         ids = out_of_range(state["ids"][seats], logits.shape[1])
         return logits.at[rows, ids].add(state["values"][seats], mode="drop")
 
-    def update(self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array) -> State:
+    def update(
+        self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array, logits: jax.Array
+    ) -> State:
         return state
 
 
@@ -289,6 +308,7 @@ class Temperature:
     """Divides by the temperature; greedy rows are left as they are."""
 
     stage: Stage = Stage.TEMPERATURE
+    carried: tuple[str, ...] = ()
 
     def init(self, seats: int, vocab: int) -> State:
         return {"temperature": jnp.ones((seats + 1,), jnp.float32)}
@@ -307,7 +327,9 @@ class Temperature:
         temperature = state["temperature"][seats][:, None]
         return jnp.where(temperature != 1.0, logits / temperature, logits)
 
-    def update(self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array) -> State:
+    def update(
+        self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array, logits: jax.Array
+    ) -> State:
         return state
 
 

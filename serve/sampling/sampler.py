@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .cyclic_reflex import CyclicReflex
 from .inverse import draw
 from .keys import Purpose, row_keys, seed_words, uniform
+from .mirostat import Mirostat
 from .params import MAX_LOGPROBS, SamplingParams
 from .processors import (
     Context,
@@ -29,7 +31,9 @@ from .processors import (
 )
 from .truncation import Truncation
 
-DEFAULT: tuple[Processor, ...] = (Penalties(), TokenMask(), LogitBias(), Temperature(), Truncation())
+DEFAULT: tuple[Processor, ...] = (
+    Penalties(), TokenMask(), LogitBias(), CyclicReflex(), Temperature(), Truncation(), Mirostat(),
+)  # fmt: skip
 
 
 @partial(
@@ -73,16 +77,18 @@ class Scores(NamedTuple):
     top_logprobs: np.ndarray
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["token", "detail"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["token", "detail", "carry"], meta_fields=[])
 @dataclass(frozen=True)
 class Sampled:
-    """token i32[N], read every step; detail i32[N,2+2K], read when a request asked for log-probabilities.
+    """token i32[N], read every step; detail i32[N,2+2K], read when a request asked for log-probabilities; carry
+    f32[N,C], read for requests that cannot resume from their tokens alone (`Processor.carried`).
 
     Where no live row of the step asked, only the token's own log-probability in `detail` is meaningful.
     """
 
     token: jax.Array
     detail: jax.Array
+    carry: jax.Array
 
     @property
     def logprob(self) -> jax.Array:
@@ -150,11 +156,13 @@ class Sampler:
         seed: int = 0,
         sample_index: int = 0,
         bad_word_ids: Sequence[Sequence[int]] = (),
+        carry: Sequence[float] | None = None,
     ) -> dict[str, np.ndarray]:
         """A request's numbers, on the host, for `admit`; names and shapes are the same for all requests.
 
         seed is 64 bits, sample_index counts the request's n samples, bad_word_ids are `params.bad_words` as
-        token sequences. Token ids were checked by `params.validate_for`.
+        token sequences, carry is what `Sampled.carry` said after the last of `output_ids` (None: there was none).
+        Token ids were checked by `params.validate_for`.
         """
         prompt, output = np.asarray(prompt_ids, np.int32), np.asarray(output_ids, np.int32)
         known = Known(prompt, output, tuple(eos_ids), tuple(map(tuple, bad_word_ids)))
@@ -172,6 +180,9 @@ class Sampler:
         for i, processor in enumerate(self.processors):
             for name, value in processor.row(params, known, self.vocab_size).items():
                 row[f"{i}.{name}"] = value
+        if carry is not None:
+            names = [f"{i}.{name}" for i, p in enumerate(self.processors) for name in p.carried]
+            row |= {name: np.array(value, np.float32) for name, value in zip(names, carry, strict=True)}
         return row
 
     def _check_known(self, known: Known) -> None:
@@ -220,11 +231,17 @@ class Sampler:
         token, detail = self._finish(state, logits, z, u, seats, ctx)
         with jax.named_scope("update"):
             processors = tuple(
-                processor.update(held, seats, token, live)
+                processor.update(held, seats, token, live, z)
                 for processor, held in zip(self.processors, state.processors, strict=True)
             )
             last = state.last_token.at[seats].set(jnp.where(live, token, 0))
-        return Sampled(token, detail), replace(state, last_token=last, processors=processors)
+        state = replace(state, last_token=last, processors=processors)
+        return Sampled(token, detail, self.carry(state, seats)), state
+
+    def carry(self, state: SamplerState, seats: jax.Array) -> jax.Array:
+        """f32[N,C]: what the requests at these seats must bring along, besides their tokens, to resume."""
+        held = [state.processors[i][name][seats] for i, p in enumerate(self.processors) for name in p.carried]
+        return jnp.stack(held, 1) if held else jnp.zeros((len(seats), 0), jnp.float32)
 
     def _process(self, state, logits, seats, ctx, wanted) -> jax.Array:
         """The processors in order, each only when a live row wants it."""

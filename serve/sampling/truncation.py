@@ -29,6 +29,7 @@ class Truncation:
     renormalised (Holtzman et al. 2019, arXiv 1904.09751): vLLM's order. Dropped tokens get -inf."""
 
     stage: Stage = Stage.TRUNCATE
+    carried: tuple[str, ...] = ()
 
     def init(self, seats: int, vocab: int) -> State:
         return {
@@ -62,7 +63,9 @@ class Truncation:
         z = jax.lax.cond((ctx.live & (top_k > 0)).any(), keep_top_k, lambda z, _: z, z, top_k)
         return jax.lax.cond((ctx.live & (top_p < 1.0)).any(), keep_top_p, lambda z, _: z, z, top_p)
 
-    def update(self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array) -> State:
+    def update(
+        self, state: State, seats: jax.Array, tokens: jax.Array, keep: jax.Array, logits: jax.Array
+    ) -> State:
         return state
 
 
