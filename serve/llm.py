@@ -26,7 +26,6 @@ from .outputs import RequestOutput
 from .policies.policy import Policy
 from .request import Request
 from .sampling.cyclic_reflex import with_reflection_tokens
-from .sampling.cyclic_reflex import with_reflection_tokens
 from .sampling.params import SamplingParams
 from .stream import Stream
 from .telemetry.engine import MeasuredEngine
