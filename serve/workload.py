@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -111,8 +112,7 @@ class Inputs:
                 table[row, :count] = [next(mine) for _ in range(count)]
             self.views.append(replace(pool, table=jnp.asarray(table), lengths=lengths))
         shape = (rows, 1) if work.part == "rows" else (work.queries,)
-        key = jax.random.key(1)
-        self.q = jax.random.normal(key, (*shape, heads.heads, heads.head_dim), jnp.dtype(heads.dtype))
+        self.q = _draw(9, (*shape, heads.heads, heads.head_dim), jnp.dtype(heads.dtype))
         self.starts = None
         if work.part == "prompt":
             self.starts = jnp.arange(rows + 1, dtype=jnp.int32) * work.tokens
@@ -142,21 +142,22 @@ def _pages(heads: Heads, backend: Backend, pages: int) -> PagedView:
         dtype = jnp.dtype(heads.kv_dtype)
         return PagedKV.empty(pages, heads.page_size, heads.kv_heads, heads.head_dim, dtype, (backend,))
 
-    def draw(seed: int, spec: jax.ShapeDtypeStruct) -> jax.Array:
-        key = jax.random.key(seed)
-        if jnp.issubdtype(spec.dtype, jnp.integer):
-            return jax.random.randint(key, spec.shape, -127, 128, spec.dtype)
-        wide = jnp.bfloat16 if spec.dtype.itemsize == 1 else spec.dtype
-        return jax.jit(lambda: (jax.random.normal(key, spec.shape, wide) / 8).astype(spec.dtype))()
-
     none = jnp.zeros((0,), jnp.int32)
     spec = jax.eval_shape(empty)
     k, v, k_scales, v_scales = (
-        None if one is None else draw(seed, one)
+        None if one is None else _draw(seed, one.shape, one.dtype)
         for seed, one in enumerate((spec.k, spec.v, spec.k_scales, spec.v_scales))
     )
     assert k is not None
     return PagedView(k, v, none, none, k_scales, v_scales, spec.layout)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(seed: int, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    key = jax.random.key(seed, impl="rbg")
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jax.random.randint(key, shape, -127, 128, dtype)
+    return jax.random.normal(key, shape, jnp.bfloat16 if dtype.itemsize == 1 else dtype).astype(dtype)
 
 
 def bursts(

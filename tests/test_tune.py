@@ -14,9 +14,11 @@ from tokenloom.model.config import llama_config
 from tokenloom.pallas_kernels.attention.tiles import Case, TpuTiles, TritonTiles, TwinTiles
 from tokenloom.pallas_kernels.attention.tuned import Tuned, load, save, table_path
 from tokenloom.pallas_kernels.chips import CPU, GPUS, TPUS
-from tokenloom.serve.build import use_compilation_cache
+from tokenloom.serve import tune
+from tokenloom.serve.build import pool_bytes, use_compilation_cache
 from tokenloom.serve.cli import main
 from tokenloom.serve.tune import candidates, fields
+from tokenloom.serve.workload import Heads
 from tokenloom.tests.tiny import CONFIG
 
 ROWS = Case("rows", 1, 2, 4, 64, 16, 32, "float32", "float32")
@@ -113,6 +115,62 @@ def test_candidates_fit_the_chip():
     case = replace(case, part="prompt", tokens=2048)
     roomy = [len(candidates(TpuTiles(8, 1), "pages", case, TPUS[name])) for name in ("TPU v4", "TPU v6e")]
     assert roomy[0] < roomy[1]
+
+
+def searched(monkeypatch, cost):
+    """What is chosen for a decode when a call of the twin with `pages` takes cost(pages) seconds."""
+
+    class Calls:
+        def __init__(self, *of):
+            pass
+
+        def caller(self, backend, spec):
+            cost(pages := backend.tuned.entries[0][1].pages)
+            return lambda: cost(pages)
+
+    monkeypatch.setattr(tune, "Inputs", Calls)
+    monkeypatch.setattr(tune, "bursts", lambda calls, rounds: [[call()] * (rounds + 1) for call in calls])
+    monkeypatch.setattr(tune, "side_by_side", lambda calls, rounds, slack: [call() for call in calls])
+    heads = Heads(4, 2, 16, 16)
+    return tune.tune_case(Blockwise(), CPU, heads, tune.works(heads, tune.Sizes(64, 4, 32), False)[0], 2)
+
+
+def test_the_fastest_candidate_is_chosen(monkeypatch):
+    found = searched(monkeypatch, lambda pages: 1 + abs(pages - 4))
+    assert found.heuristic == TwinTiles() and found.best == TwinTiles(pages=4)
+    assert found.ratio == pytest.approx(1 / 5) and found.seconds == (1,) * 4 and found.noise == 0
+    # What is hardly faster is not worth a change.
+    assert searched(monkeypatch, lambda pages: 0.98 if pages == 4 else 1).best == TwinTiles()
+
+    def refusing(*refused):
+        def cost(pages: int) -> float:
+            if pages in refused:
+                raise NotImplementedError(f"not {pages}")
+            return 1 + abs(pages - 4)
+
+        return cost
+
+    assert searched(monkeypatch, refusing(4)).best == TwinTiles(pages=2)
+    refused = searched(monkeypatch, refusing(8))
+    assert refused.best is None and refused.reason == "not 8"
+    tune.as_table([found, refused])
+
+
+def test_what_is_measured_fits_what_the_engine_will_hold():
+    for sizes in (tune.Sizes(), tune.Sizes(16, 2, 64), tune.Sizes(131072, 64, 8192), tune.Sizes(1, 1, 1)):
+        heads = Heads(32, 8, 128, 128)
+        for quick in (False, True):
+            found = tune.works(heads, sizes, quick)
+            assert [works[0].part for works in found] == ["rows"] + ["prompt"] * (len(found) - 1) and found[
+                1:
+            ]
+            for works in found:
+                (case,) = {work.case(heads) for work in works}
+                assert case.tokens <= max(1, sizes.max_num_batched_tokens)
+                for work in works:
+                    assert max(work.lengths) <= min(sizes.max_model_len, heads.page_size * work.width)
+                    assert len(work.lengths) <= max(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+                    assert work.kv_bytes(heads) <= pool_bytes() / 3
 
 
 def test_the_twin_takes_the_tiles_of_its_case():
