@@ -46,8 +46,9 @@ def _collect(queries: Queries, out: jax.Array, base: jax.Array | int, part: Part
         row, page, live = find(index * width + jnp.arange(width, dtype=jnp.int32))
         scores, seen, _, _ = queries.meet(row, page, live)
         new = part(jnp.where(seen, scores, -jnp.inf), row)
-        at = out.at[jnp.where(live, base + row, out.shape[0]), :, page]
-        return at.add(new, mode="drop") if how == "sum" else at.max(new, mode="drop")
+        at = out.at[base + row, :, page]  # items that do not live are unseen, and add nothing
+        fold = at.add if how == "sum" else at.max
+        return fold(new, mode="promise_in_bounds")
 
     return lax.fori_loop(0, (total + width - 1) // width, step, out)
 

@@ -11,6 +11,8 @@ from tokenloom.attention.probes import Noise, above, column_sums, logits, probab
 from tokenloom.tests import attention_cases as cases
 
 CASES = {case.name: case for case in cases.CASES}
+# A prompt over more than one block of queries, which meet the same pages; the next one follows in the last block.
+CASES["long-prompt"] = cases.Case("long-prompt", (150, 20), (141, 3), spec=AttentionSpec(0.125, window=90))
 # One of each: layout, part, mask, dtype, soft cap, tree, page size, idle rows.
 PROBED = [
     ("llama-prompt", "transposed"),
@@ -21,6 +23,7 @@ PROBED = [
     ("tree-of-7-softcap-fp8", "rows"),
     ("one-token-pages-prompt", "paired"),
     ("full-rows-bf16", "transposed"),
+    ("long-prompt", "rows"),
 ]
 
 
