@@ -27,7 +27,7 @@ class Placement:
         """Heads, KV heads, MLP and vocabulary split over the first `size` devices."""
         devices = jax.devices()
         if size > len(devices):
-            hint = ' (on CPU: jax.config.update("jax_num_cpu_devices", n) first)'
+            hint = " (on CPU: JAX_NUM_CPU_DEVICES=n in the environment)"
             raise ValueError(
                 f"tensor_parallel_size={size}, but there are {len(devices)} {devices[0].platform} devices; lower it, "
                 f"or start with more devices{hint if devices[0].platform == 'cpu' else ''}"
