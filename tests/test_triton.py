@@ -239,3 +239,4 @@ def test_chosen_tiles_fit(chip, dtypes):
             tiles = TritonTiles.choose(case, GPUS[chip])
             tiles.check(case, GPUS[chip])
             assert tiles.queries <= max(1, 128 // group)
+            assert part == "prompt" or tiles.segment >= 32 * tokens * group

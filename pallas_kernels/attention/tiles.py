@@ -94,7 +94,8 @@ class TritonTiles:
     def choose(case: Case, chip: Chip) -> TritonTiles:
         """About 32 KiB of keys and values a step, half where they are converted; less where they do not fit.
 
-        The numbers keep Triton from spilling registers. So many programs fit a multiprocessor of 65536 registers.
+        The numbers keep Triton from spilling registers, and so many programs fit a multiprocessor of 65536 registers.
+        Segments are long enough that partial results are a small part of the keys and values they stand for.
         """
         size, prompt = jnp.dtype(case.kv_dtype).itemsize, case.part == "prompt"
         budget = 16 * KiB if size == 1 else 32 * KiB
@@ -103,13 +104,11 @@ class TritonTiles:
         exact = max(jnp.dtype(case.q_dtype).itemsize, size) == 4
         rows = 128 if prompt and case.head_dim <= 128 and not exact else 64
         queries = max(1, rows // case.group)
-        tiles = TritonTiles(
-            queries if prompt else min(queries, case.tokens),
-            keys,
-            512,
-            8 if prompt and not exact else 4,
-            stages=3,
-        )
+        if prompt:
+            tiles = TritonTiles(queries, keys, 512, 4 if exact else 8, stages=3)
+        else:
+            segment = max(512, power_of_two(32 * case.tokens * case.group))
+            tiles = TritonTiles(min(queries, case.tokens), keys, segment, stages=3)
         while tiles.shared_bytes(case) > chip.memory and (tiles.keys > 16 or tiles.queries > 1):
             if tiles.keys > 16:
                 tiles = replace(tiles, keys=tiles.keys // 2)

@@ -45,7 +45,7 @@ class TritonKernels:
             return _nothing(q)
         B, n, heads, dim = q.shape
         product = Product.of(q.dtype, view.k_pages.dtype, self.interpret)
-        tiles = self._tiles("rows", q, view)
+        tiles = self._tiles("rows", q, view, spec)
         cut = Cut(spec, n, view.table.shape[1] * view.page_size, tiles.keys, tiles.segment)
         items, blocks = B * cut.most, -(-n // tiles.queries)
         programs = min(self.chip.cores * tiles.programs, items * view.kv_heads * blocks)
@@ -65,7 +65,7 @@ class TritonKernels:
         """See `Backend.prompt`."""
         if not q.size:
             return _nothing(q)
-        tiles = self._tiles("prompt", q, view)
+        tiles = self._tiles("prompt", q, view, spec)
         product = Product.of(q.dtype, view.k_pages.dtype, self.interpret)
         grid = (-(-q.shape[0] // tiles.queries), view.kv_heads)
         return self._call(PromptKernel(spec, tiles, product), grid, tiles, q)(q, query_starts, view)
@@ -78,7 +78,7 @@ class TritonKernels:
             compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         )  # fmt: skip
 
-    def _tiles(self, part: str, q: jax.Array, view: PagedView) -> TritonTiles:
+    def _tiles(self, part: str, q: jax.Array, view: PagedView, spec: AttentionSpec) -> TritonTiles:
         """The tiles of a case; NotImplementedError for what the kernels cannot do, ValueError for what is wrong."""
         heads, dim = q.shape[-2:]
         if view.layout != "rows" or view.v_pages is None:
@@ -95,6 +95,8 @@ class TritonKernels:
             raise ValueError(
                 f"pages of {pages.name} need k_scales and v_scales, f32 [pages, KV heads, page size]"
             )
+        if spec.scale <= 0:
+            raise NotImplementedError(f"scale={spec.scale}: the largest score is found before scaling")
         if dim % 16:
             raise NotImplementedError(
                 f"head dim {dim} is no multiple of 16, the least that Triton multiplies"
