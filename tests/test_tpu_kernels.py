@@ -177,6 +177,9 @@ def test_refusals_name_the_reason():
     problem = build(NAMED["one-token-pages"], "rows")
     with pytest.raises(NotImplementedError, match="pages of 1 tokens of float32: a TPU tile has 8 rows"):
         TpuKernels(V5E).rows(problem.q, problem.view, AttentionSpec(1.0))
+    table = jnp.zeros((2, 1 << 17), jnp.int32)
+    with pytest.raises(NotImplementedError, match="KiB of 1024 KiB of SMEM"):
+        TpuKernels(V5E, True).rows(problem.q, replace(problem.view, table=table), AttentionSpec(1.0))
     problem = build(NAMED["one-token-pages"], "transposed")
     with pytest.raises(NotImplementedError, match="transposed"):
         TpuKernels(V5E).rows(problem.q, problem.view, AttentionSpec(1.0))

@@ -24,6 +24,7 @@ from .tiles import Case, TpuTiles
 from .tuned import Tuned
 from .worklist import Ranges, Steps, flatten, prompt_ranges, row_ranges
 
+SMEM = 1 << 20  # of every TPU from v4 on
 FIRST, LAST, OWNER, ROOT, WORDS = range(5)
 
 
@@ -120,6 +121,11 @@ class TpuKernels:
         Returns out [slots,Hkv,N,D] in `dtype` and lse f32[slots,Hkv,N].
         """
         blocks, _, N, dim = q.shape
+        scalars = 4 * (4 * size + view.table.shape[0] * -(-view.table.shape[1] // LANES) * LANES)
+        if scalars > SMEM * 7 // 8:
+            raise NotImplementedError(
+                f"the list of {size} steps and the page table take {scalars >> 10} KiB of {SMEM >> 10} KiB of SMEM"
+            )
         steps = flatten(ranges, slots, size, self.chip.cores)
         rows, lanes = -(-N // 16) * 16, view.k_pages.shape[-1]
         q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - N), (0, lanes - dim)))
