@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .serve.policies.split_fuse import SplitFuse
     from .serve.repetition import RepetitionDetectionParams
     from .serve.sampling.params import SamplingParams
+    from .serve.sampling.structured import StructuredOutputs
 
 _HOMES = {
     "LLM": "serve.llm",
@@ -28,6 +29,7 @@ _HOMES = {
     "RequestOutput": "serve.outputs",
     "CompletionOutput": "serve.outputs",
     "RepetitionDetectionParams": "serve.repetition",
+    "StructuredOutputs": "serve.sampling.structured",
     "QueueFull": "serve.bounds",
     "SarathiServe": "serve.policies.sarathi",
     "SplitFuse": "serve.policies.split_fuse",
@@ -53,6 +55,7 @@ __all__ = [
     "SamplingParams",
     "SarathiServe",
     "SplitFuse",
+    "StructuredOutputs",
     "__version__",
 ]
 

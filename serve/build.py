@@ -28,7 +28,7 @@ from .engine import Engine
 from .pages import PageAllocator
 from .policies.policy import Policy
 from .programs import BucketPlan, Programs
-from .sampling.sampler import Sampler
+from .sampling.sampler import CONSTRAINED, DEFAULT, Sampler
 from .snapshots import Snapshots
 from .telemetry.engine import MeasuredEngine
 from .telemetry.recorder import Telemetry
@@ -250,7 +250,8 @@ def build_engine(
     copies = Snapshots(snapshots, page_size) if snapshots and off is None else None
     pages = PageAllocator(num_pages, page_size, off=off, snapshots=copies)
     programs = Programs(
-        graphdef, params, state, Sampler(config.vocab_size, build.max_num_seqs),
+        graphdef, params, state,
+        Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED),
         BucketPlan.make(build.max_num_seqs, budget),
         page_size=page_size, width=width, period=period, strict=build.strict,
         whole=None if place is None else place.whole,

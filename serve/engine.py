@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from time import time
 from typing import Any
 
 import numpy as np
 
-from ..attention.batch import NULL_PAGE, Shape, pack
+from ..attention.batch import Shape
 from .bounds import Bounds, Deadlines
 from .outputs import FinishReason
+from .packing import offsets, pack_step
 from .pages import PageAllocator
 from .policies.policy import Policy
 from .programs import Programs
-from .request import Request, Sample, bad_word_ids, make_logprobs, make_sample, read_scores
+from .request import Request, Sample, make_logprobs, make_sample, read_scores
 from .sampling.sampler import Sampled, read
+from .sampling.structured import Grammars
 from .scheduler import Chunk, Scheduler, Sequence, Work
 from .tokenizer import Tokenizer
 
@@ -53,6 +56,7 @@ class Engine:
         )
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self.eos_ids = frozenset(eos_ids)
+        self.grammars = Grammars(tokenizer, vocab_size, self.eos_ids)
         self.bounds, self.deadlines = bounds, Deadlines()
         self.cancelled: deque[Request] = deque()
         self.in_flight: Launched | None = None
@@ -83,13 +87,10 @@ class Engine:
                 f"{self.vocab_size} (0..{self.vocab_size - 1}); was the prompt made with another tokenizer?"
             )
         params.validate_for(self.vocab_size, tokenizer=self.tokenizer is not None)
-        if params.bad_words and self.tokenizer is not None:
-            request.bad_word_ids = bad_word_ids(self.tokenizer, params.bad_words)
+        request.prepare(self.tokenizer, self.grammars)
         eos = frozenset() if params.ignore_eos else self.eos_ids
         self.bounds.check_room(len(self.scheduler.waiting))
         end = self.bounds.length(len(prompt), params.max_tokens, limit)
-        if params.prompt_logprobs is not None and request.prompt_logprobs is None:
-            request.prompt_logprobs = [None for _ in prompt]
         samples = [make_sample(request, index, end, self.tokenizer, eos) for index in range(params.n)]
         self._sampler_row(samples[0])  # what the sampler cannot hold is refused here, not in a step
         request.samples = samples
@@ -149,12 +150,14 @@ class Engine:
         shape, packed, rows = self._pack(work)
         for slot, seat in work.loads:
             self.programs.copy(self.programs.plan.max_num_seqs + slot, seat)
-        sampled, prompt_x = self.programs.step(shape, packed)
+        constrained = [sequence.owner for _, sequence, _ in rows if sequence.owner.matcher is not None]
+        masks = partial(self._constrain, constrained) if constrained else None
+        sampled, prompt_x = self.programs.step(shape, packed, masks)
         for seat, slot in work.saves:
             self.programs.copy(seat, self.programs.plan.max_num_seqs + slot)
         scored = [
             (at, chunk)
-            for at, chunk in self._offsets(work.chunks)
+            for at, chunk in offsets(work.chunks)
             if chunk.sequence.owner.index == 0 and chunk.sequence.owner.request.wants_prompt_scores
         ]
         scores = self._score(prompt_x, scored) if scored else None
@@ -176,45 +179,27 @@ class Engine:
             bad_word_ids=request.bad_word_ids, carry=sample.carry,
         )  # fmt: skip
 
-    @staticmethod
-    def _offsets(chunks: list[Chunk]) -> list[tuple[int, Chunk]]:
-        """Where each chunk begins in the prompt part."""
-        offsets, at = [], 0
-        for chunk in chunks:
-            offsets.append((at, chunk))
-            at += chunk.count
-        return offsets
-
     def _pack(self, work: Work) -> tuple[Shape, np.ndarray, list[tuple[int, Sequence, int]]]:
         """The step's shape and descriptor, and (row, sequence, epoch) for each row that samples."""
-        shape = self.programs.plan.shape(len(work.decodes), sum(chunk.count for chunk in work.chunks))
-        width, idle_seat = self.programs.width, self.programs.plan.max_num_seqs
-        lengths = np.zeros(shape.rows, np.int32)
-        seats = np.full(shape.rows, idle_seat, np.int32)
-        samples = np.zeros(shape.rows, np.int32)
-        table = np.full((shape.rows, width), NULL_PAGE, np.int32)
-        starts = np.zeros(shape.R + 1, np.int32)
-        prompt = np.zeros(shape.C, np.int32)
-        rows = []
-        for row, sequence in enumerate(work.decodes):
-            lengths[row], seats[row], samples[row] = sequence.computed, sequence.seat, 1
-            table[row, : len(sequence.pages)] = sequence.pages[:width]
-            rows.append((row, sequence, sequence.epoch))
-        end = 0
-        for index, (at, chunk) in enumerate(self._offsets(work.chunks)):
-            sequence, row, end = chunk.sequence, shape.B + index, at + chunk.count
-            prompt[at:end] = sequence.tokens[chunk.start : chunk.start + chunk.count]
-            starts[index + 1] = end
-            lengths[row], seats[row], samples[row] = chunk.start + chunk.count, sequence.seat, chunk.final
-            table[row, : len(sequence.pages)] = sequence.pages[:width]
-            if chunk.final:
-                rows.append((row, sequence, sequence.epoch))
-        starts[len(work.chunks) + 1 :] = end
-        packed = pack(
-            shape, width, lengths=lengths, seats=seats, samples=samples, page_table=table,
-            query_starts=starts, prompt_tokens=prompt,
-        )  # fmt: skip
-        return shape, packed, rows
+        return pack_step(work, self.programs.plan, self.programs.width)
+
+    def _constrain(self, samples: list[Sample]) -> None:
+        """While the device runs a backbone, and before its head: write the masks of the samples with a grammar. They
+        follow from the tokens of the step before, which is read here. A grammar that fails ends its request."""
+        self._read_in_flight()
+        live = [(one.sequence.seat, one.matcher) for one in samples if one.matcher and not one.finish_reason]
+        plan = self.programs.plan
+        self.programs.constrain(*self.grammars.masks(live, plan.width(len(live)), plan.max_num_seqs))
+        for one in samples:
+            if one.matcher and one.matcher.error and not one.finish_reason:
+                one.request.error = f"structured_outputs failed: {one.matcher.error}"
+                self.abort(one.request, "error")
+
+    def _read_in_flight(self) -> None:
+        """Read the step in flight now; the next call of `step` reports it."""
+        previous, self.in_flight = self.in_flight, None
+        if previous is not None:
+            self.reported += self.postprocess(previous)
 
     def _score(self, prompt_x: Any, scored: list[tuple[int, Chunk]]) -> Any:
         """Dispatch the log-probabilities of each prompt token's successor."""
@@ -230,9 +215,7 @@ class Engine:
     def swap_weights(self, swap: Callable[[], None], version: int) -> None:
         """Between two steps: read the step in flight, run `swap`, and forget all that the old weights computed.
         Running sequences wait in their order and are recomputed from their tokens."""
-        previous, self.in_flight = self.in_flight, None
-        if previous is not None:
-            self.reported += self.postprocess(previous)
+        self._read_in_flight()
         for sequence in reversed(self.scheduler.running[:]):
             self.scheduler.preempt(sequence)
         self.pages.new_weights()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bounds import QueueFull
 from .sampling.params import SamplingParams
+from .sampling.structured import StructuredOutputs
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ MAX_PROMPTS = 2048
 # SamplingParams fields that OpenAI's body says differently, or that this translation sets.
 TRANSLATED = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "detokenize"}
 PASSED = {one.name for one in dataclasses.fields(SamplingParams)} - TRANSLATED
-SHARED = PASSED | {"model", "stream", "stream_options", "max_tokens", "logprobs", "logit_bias", "cache_salt"}
+SHARED = PASSED | {"model", "stream", "stream_options", "max_tokens", "logprobs", "logit_bias", "cache_salt", "response_format"}
 # Bookkeeping of OpenAI's own service: accepted, without effect.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 TEMPLATE = {"add_generation_prompt", "continue_final_message", "documents"}
@@ -37,7 +38,7 @@ FIELDS = {
     COMPLETIONS: SHARED | WITHOUT_EFFECT | {"prompt", "echo", "best_of", "suffix"},
     CHAT: SHARED | WITHOUT_EFFECT | TEMPLATE | {
         "messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls",
-        "response_format", "modalities", "chat_template_kwargs",
+        "modalities", "chat_template_kwargs",
     },
 }  # fmt: skip
 
@@ -163,6 +164,8 @@ def _sampling(given: dict[str, Any], chat: bool, echo: bool, limit: int | None) 
     else:
         settings["logprobs"] = given.get("logprobs")
         settings["prompt_logprobs"] = settings["logprobs"] if echo else None
+    if "response_format" in given:
+        settings["structured_outputs"] = _structured(given)
     params = SamplingParams(max_tokens=limit, **settings)
     if params.n > MAX_N:
         raise Refusal(f"n={params.n} is more than the {MAX_N} samples that one request may have", param="n")
@@ -171,6 +174,25 @@ def _sampling(given: dict[str, Any], chat: bool, echo: bool, limit: int | None) 
     if given.get("suffix", "") != "":
         raise Refusal("suffix (filling in the middle) is not supported; leave it out", param="suffix")
     return params
+
+
+def _structured(given: dict[str, Any]) -> StructuredOutputs | None:
+    """`response_format`: {"type": "text"}, "json_object", or "json_schema" with {"schema": ...}."""
+    wanted = given["response_format"]
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    inner = wanted.get("json_schema") if kind == "json_schema" else None
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if kind not in ("text", "json_object", "json_schema") or (kind == "json_schema" and schema is None):
+        raise Refusal(
+            "response_format may be {'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', "
+            f"'json_schema': {{'schema': ...}}}}, but is {_short(wanted)}",
+            param="response_format",
+        )
+    if kind != "text" and "structured_outputs" in given:
+        raise Refusal("response_format and structured_outputs exclude each other", param="response_format")
+    if kind == "text":
+        return StructuredOutputs.of(given.get("structured_outputs"))
+    return StructuredOutputs(json=schema) if kind == "json_schema" else StructuredOutputs(json_object=True)
 
 
 def _max_tokens(given: dict[str, Any], chat: bool) -> int | None:
@@ -248,9 +270,8 @@ def _chat_prompt(given: dict[str, Any], llm: LLM) -> dict[str, Any]:
             f'tool_choice may be "none" or "auto", but is {_short(choice)}: a call cannot be forced',
             param="tool_choice",
         )
-    for name, only in (("response_format", {"type": "text"}), ("modalities", ["text"])):
-        if given.get(name, only) != only:
-            raise Refusal(f"{name} may only be {only}, but is {_short(given[name])}", param=name)
+    if given.get("modalities", ["text"]) != ["text"]:
+        raise Refusal(f"modalities may only be ['text'], but is {_short(given['modalities'])}", param="modalities")
     documents = _list(given.get("documents", []), "documents")
     settings: dict[str, Any] = {"documents": documents} if documents else {}
     for name in ("add_generation_prompt", "continue_final_message"):

@@ -51,7 +51,7 @@ class BucketPlan:
     def shape(self, decodes: int, prompt_tokens: int) -> Shape:
         """The smallest program that holds so many decodes and prompt tokens."""
         if prompt_tokens == 0:
-            return Shape(next(width for width in self.widths if width >= decodes), 1, 0, 0)
+            return Shape(self.width(decodes), 1, 0, 0)
         chunk = next(size for size in self.chunks if size >= prompt_tokens)
         return Shape(self.max_num_seqs if decodes else 0, 1, self.prompt_rows, chunk)
 
@@ -60,6 +60,10 @@ class BucketPlan:
         # A single sequence never decodes beside its own prompt.
         beside = (0, self.max_num_seqs) if self.max_num_seqs > 1 else (0,)
         return decode + [Shape(B, 1, self.prompt_rows, chunk) for B in beside for chunk in self.chunks]
+
+    def width(self, rows: int) -> int:
+        """The smallest decode width that holds so many rows."""
+        return next(width for width in self.widths if width >= rows)
 
     def heads(self) -> list[int]:
         return sorted({shape.rows for shape in self.backbones()})
@@ -193,6 +197,10 @@ class Programs:
         if self._recurrent(state):
             kept = self._recurrent(state)
             jobs["copy"] = build("copy", copy_rows, (0,), kept, ints(()), ints(()), out=places(kept))
+        for rows in plan.widths if self.sampler.constrains else ():
+            masks = given((rows, -(-self.sampler.vocab_size // 32)), jnp.uint32)
+            run = self.sampler.constrain
+            jobs["mask", rows] = build("mask", run, (0,), sampler_state, ints((rows,)), masks)
         jobs["admit"] = build("admit", self.sampler.admit, (0,), sampler_state, ints(()), row)
         return jobs
 
@@ -223,12 +231,21 @@ class Programs:
         """Put a request's sampling parameters into a seat."""
         self.sampler_state = self.compiled["admit"](self.sampler_state, np.int32(seat), row)
 
-    def step(self, shape: Shape, packed: np.ndarray) -> tuple[Sampled, jax.Array]:
-        """Dispatch the two programs of a step; nothing waits. Returns (Sampled, prompt x [C,E])."""
+    def constrain(self, seats: np.ndarray, masks: np.ndarray) -> None:
+        """Put the masks u32[M, ceil(V/32)] of grammars at seats i32[M]; M is one of the plan's widths."""
+        self.sampler_state = self.compiled["mask", len(seats)](self.sampler_state, seats, masks)
+
+    def step(
+        self, shape: Shape, packed: np.ndarray, between: Callable[[], None] | None = None
+    ) -> tuple[Sampled, jax.Array]:
+        """Dispatch the two programs of a step, with what is to be done `between` them; nothing waits. Returns
+        (Sampled, prompt x [C,E])."""
         with jax.profiler.TraceAnnotation(shape.kind):
             x, prompt_x, self.state = self.compiled[shape](
                 self.params, self.state, self.sampler_state.last_token, packed
             )
+            if between is not None:
+                between()
             meta = packed[: 3 * shape.rows]
             sampled, self.sampler_state = self.compiled["head", shape.rows](
                 self.params, self.sampler_state, x, meta

@@ -11,6 +11,7 @@ from .outputs import RESUMABLE, CompletionOutput, FinishReason, Logprob, Request
 from .repetition import RepetitionDetectionParams, RepetitionDetector
 from .sampling.params import SamplingParams
 from .sampling.sampler import Scores
+from .sampling.structured import Grammars, Matcher, StructuredOutputs
 from .scheduler import Chunk, Sequence
 from .tokenizer import Tokenizer
 
@@ -21,6 +22,7 @@ class Request:
 
     `error` ends it before it ran. `carried` are the outputs that it continues (`LLM.resume`). `arrival` (s,
     `time.monotonic`) is what its deadline counts from. `cancelled`: to end as soon as the engine has it.
+    `matcher` stands at the beginning of the grammar that it asked for.
     """
 
     request_id: str
@@ -39,6 +41,19 @@ class Request:
     cache_salt: str | None = None
     priority: int = 0
     tenant: str | None = None
+    matcher: Matcher | None = None
+
+    def prepare(self, tokenizer: Tokenizer | None, grammars: Grammars) -> None:
+        """What follows from the parameters once tokenizer and vocabulary are known. ValueError: a grammar that does not
+        compile."""
+        params = self.params
+        if params.bad_words and tokenizer is not None:
+            self.bad_word_ids = bad_word_ids(tokenizer, params.bad_words)
+        if params.prompt_logprobs is not None and self.prompt_logprobs is None:
+            self.prompt_logprobs = [None for _ in self.prompt_ids]
+        asked = StructuredOutputs.of(params.structured_outputs)
+        if asked is not None:
+            self.matcher = grammars.matcher(asked)
 
     @property
     def finished(self) -> bool:
@@ -115,6 +130,7 @@ class Sample:
     repetition: RepetitionDetector | None = None
     weight_versions: list[int] = field(default_factory=list)
     carry: list[float] | None = None
+    matcher: Matcher | None = None
 
     @property
     def text(self) -> str:
@@ -134,9 +150,12 @@ class Sample:
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + logprobs[token].logprob
         generated = len(sequence.tokens) - len(self.request.prompt_ids)
         ended = generated > params.min_tokens and (token in self.eos_ids or token in self.stop_ids)
+        if self.matcher is not None:
+            self.matcher.accept(token)
+            ended = ended or self.matcher.ended
         if ended:
             self.finish_reason = "stop"
-            self.stop_reason = None if token in self.eos_ids else token
+            self.stop_reason = token if token in self.stop_ids and token not in self.eos_ids else None
         if self.detokenizer is not None and (not ended or params.include_stop_str_in_output):
             self.detokenizer.push(token)
             if self.detokenizer.stop_reason is not None and self.finish_reason is None:
@@ -223,6 +242,7 @@ def make_sample(
     detection = RepetitionDetectionParams.of(params.repetition_detection)
     if detection is not None and detection.max_pattern_size:
         sample.repetition = RepetitionDetector(detection)
+    sample.matcher = request.matcher and request.matcher.fork()
     if params.logprobs is not None:
         sample.logprobs, sample.cumulative_logprob = [], 0.0
     if request.carried is not None:

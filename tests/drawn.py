@@ -88,3 +88,34 @@ def draw_requests(
             )
         )
     return found
+
+
+def draw_schema(draw: random.Random, depth: int = 2) -> dict[str, Any]:
+    """A JSON schema whose texts are short: objects with optional members, lists, texts, numbers, choices."""
+    kinds = ["string", "integer", "boolean", "null", "enum", "number", "pattern"]
+    kind = "object" if depth == 2 else draw.choice(kinds + ["object", "array", "anyOf"] * (depth > 0))
+    if kind == "object":
+        names = draw.sample(["id", "name", "größe", "tags", "x y", "ok"], draw.randint(1, 3))
+        members = {name: draw_schema(draw, depth - 1) for name in names}
+        needed = [name for name in names if draw.random() < 0.7]
+        return {"type": "object", "properties": members, "required": needed, "additionalProperties": False}
+    if kind == "array":
+        return {
+            "type": "array",
+            "items": draw_schema(draw, depth - 1),
+            "minItems": draw.randint(0, 1),
+            "maxItems": 2,
+        }
+    if kind == "anyOf":
+        return {"anyOf": [draw_schema(draw, depth - 1), draw_schema(draw, 0)]}
+    if kind == "enum":
+        return {"enum": draw.sample(["red", "grün", 3, None, True, "a b", 2.5], draw.randint(1, 4))}
+    if kind == "pattern":
+        return {"type": "string", "pattern": "^[a-z]{1,4}-[0-9]{2}$"}
+    if kind == "string":
+        return {"type": "string", "minLength": draw.randint(0, 2), "maxLength": draw.randint(2, 8)}
+    if kind == "integer":
+        return {"type": "integer", "minimum": draw.randint(-20, 0), "maximum": draw.randint(0, 3000)}
+    if kind == "number":
+        return {"type": "number", "minimum": 0, "maximum": 100}
+    return {"type": kind}

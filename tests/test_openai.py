@@ -118,7 +118,7 @@ REFUSED = {
         400,
     ),
     "forced": (CHAT, {"messages": USER, "tool_choice": "required"}, "cannot be forced", 400),
-    "json": (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", 400),
+    "json": (CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format", 400),
     "kwargs": (
         CHAT,
         {"messages": USER, "chat_template_kwargs": {"template": "x"}},

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..repetition import RepetitionDetectionParams
+from .structured import StructuredOutputs
 
 MAX_N = 16384
 MAX_TOKENS = 2**31 - 1
@@ -69,6 +70,8 @@ class SamplingParams:
                          (finish_reason "timeout"); None: no deadline
     repetition_detection  RepetitionDetectionParams, or a dict of its fields: an output that repeats itself ends
                          (finish_reason "repetition"); None: off
+    structured_outputs   StructuredOutputs, or a dict of its fields: the text obeys a JSON schema, a regular expression,
+                         a choice or a grammar; when that is complete, only end-of-text tokens may follow
     segment_tokens       each sample pauses after so many new tokens (finish_reason "segment"); `LLM.resume`
                          continues it. None: one segment
     detokenize           whether to produce text
@@ -106,6 +109,7 @@ class SamplingParams:
     logprobs_mode: Literal["raw", "processed"] = "raw"
     timeout_s: float | None = None
     repetition_detection: RepetitionDetectionParams | Mapping[str, int] | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     segment_tokens: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -114,6 +118,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_lists()
+        self._set("structured_outputs", StructuredOutputs.of(self.structured_outputs))
         self._set("repetition_detection", RepetitionDetectionParams.of(self.repetition_detection))
         for name in (
             "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens",
@@ -201,7 +206,7 @@ class SamplingParams:
                     f"{name} has token id {outside[0]}, but the vocabulary has {vocab_size} tokens "
                     f"(0 to {vocab_size - 1}); remove it"
                 )
-        text = [name for name in ("stop", "bad_words") if getattr(self, name)]
+        text = [name for name in ("stop", "bad_words", "structured_outputs") if getattr(self, name)]
         if text and not tokenizer:
             raise ValueError(
                 f"{text[0]}={getattr(self, text[0])!r} needs a tokenizer and the engine has none; "

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .cyclic_reflex import CyclicReflex
+from .grammar_mask import GrammarMask
 from .inverse import draw
 from .keys import Purpose, row_keys, seed_words, uniform
 from .mirostat import Mirostat
@@ -34,6 +35,10 @@ from .truncation import Truncation
 DEFAULT: tuple[Processor, ...] = (
     Penalties(), TokenMask(), LogitBias(), CyclicReflex(), Temperature(), Truncation(), Mirostat(),
 )  # fmt: skip
+
+
+# With a tokenizer there may be grammars too.
+CONSTRAINED: tuple[Processor, ...] = tuple(sorted((*DEFAULT, GrammarMask()), key=lambda one: one.stage))
 
 
 @partial(
@@ -206,6 +211,19 @@ class Sampler:
         for i, (processor, held) in enumerate(zip(self.processors, state.processors, strict=True)):
             processors.append(processor.admit(held, jnp.asarray(seat), {k: row[f"{i}.{k}"] for k in held}))
         return replace(state, **placed, processors=tuple(processors))
+
+    @property
+    def constrains(self) -> bool:
+        """Whether requests may have grammars here."""
+        return any(isinstance(processor, GrammarMask) for processor in self.processors)
+
+    def constrain(self, state: SamplerState, seats: jax.Array, masks: jax.Array) -> SamplerState:
+        """Write what grammars allow next, masks u32[M, ceil(V/32)], at seats i32[M]."""
+        processors = [
+            processor.write(held, seats, masks) if isinstance(processor, GrammarMask) else held
+            for processor, held in zip(self.processors, state.processors, strict=True)
+        ]
+        return replace(state, processors=tuple(processors))
 
     def sample(
         self, state: SamplerState, logits: jax.Array, seats: jax.Array, positions: jax.Array, live: jax.Array
