@@ -35,7 +35,7 @@ from .programs import BucketPlan
 from .workload import Heads, Inputs, Work, bursts, side_by_side
 
 PLATFORMS = ("cpu", "tpu", "gpu", "cuda", "rocm")
-# A choice must beat the heuristic by this much: below it the noise decides.
+# A choice must beat the heuristic by this much, and by a tenth of the noise: below that, chance decides.
 MARGIN = 0.03
 # Candidates that take this many times as long as the best of a round are not measured again.
 SLACK = 1.5
@@ -187,7 +187,7 @@ def tune_case(backend: Backend, chip: Chip, heads: Heads, calls: tuple[Work, ...
         if len(others) > 1:
             best = others[min(range(len(others)), key=bench.scores(others, rounds).__getitem__)]
     ratio, seconds, noise = bench.compare(heuristic, best, 3 * rounds)
-    if best == heuristic or ratio > 1 - MARGIN:
+    if best == heuristic or ratio > 1 - max(MARGIN, noise / 10):
         return Choice(case, calls, heuristic, heuristic, 1.0, tuple(pair[0] for pair in seconds), noise)
     return Choice(case, calls, heuristic, best, ratio, tuple(pair[1] for pair in seconds), noise)
 

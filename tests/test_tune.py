@@ -117,8 +117,12 @@ def test_candidates_fit_the_chip():
     assert roomy[0] < roomy[1]
 
 
-def searched(monkeypatch, cost):
-    """What is chosen for a decode when a call of the twin with `pages` takes cost(pages) seconds."""
+def searched(monkeypatch, cost, slowed=1):
+    """What is chosen for a decode when a call of the twin with `pages` takes cost(pages) seconds, and every second
+    round takes `slowed` times as long."""
+
+    def bursts(calls, rounds):
+        return [[call() * (slowed if at % 2 else 1) for at in range(rounds + 1)] for call in calls]
 
     class Calls:
         def __init__(self, *of):
@@ -129,7 +133,7 @@ def searched(monkeypatch, cost):
             return lambda: cost(pages)
 
     monkeypatch.setattr(tune, "Inputs", Calls)
-    monkeypatch.setattr(tune, "bursts", lambda calls, rounds: [[call()] * (rounds + 1) for call in calls])
+    monkeypatch.setattr(tune, "bursts", bursts)
     monkeypatch.setattr(tune, "side_by_side", lambda calls, rounds, slack: [call() for call in calls])
     heads = Heads(4, 2, 16, 16)
     return tune.tune_case(Blockwise(), CPU, heads, tune.works(heads, tune.Sizes(64, 4, 32), False)[0], 2)
@@ -141,6 +145,10 @@ def test_the_fastest_candidate_is_chosen(monkeypatch):
     assert found.ratio == pytest.approx(1 / 5) and found.seconds == (1,) * 4 and found.noise == 0
     # What is hardly faster is not worth a change.
     assert searched(monkeypatch, lambda pages: 0.98 if pages == 4 else 1).best == TwinTiles()
+    # Nor is what noise may have made.
+    for slowed, expected in ((1, 4), (3, 8)):
+        found = searched(monkeypatch, lambda pages: 0.95 if pages == 4 else 1, slowed)
+        assert found.best == TwinTiles(pages=expected) and found.noise == pytest.approx((slowed - 1) / 2)
 
     def refusing(*refused):
         def cost(pages: int) -> float:
