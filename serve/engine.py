@@ -251,4 +251,11 @@ class Engine:
                 if sample.request.finished:
                     metrics.finished_time = now
             advanced.append(sample)
+        self._stop_early([sample for sample in advanced if sample.finish_reason and sample.request.until])
         return advanced
+
+    def _stop_early(self, ended: list[Sample]) -> None:
+        """Where what ended in a step is enough for its request (`Request.until`), its other samples end now."""
+        for request in dict.fromkeys(sample.request for sample in ended):
+            if request.enough([sample for sample in request.samples if sample in ended]):
+                self.abort(request, "error" if request.error else "abort")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,7 @@ from .interrupt import deferred_interrupt
 from .locks import FairLock
 from .outputs import RequestOutput
 from .policies.policy import Policy
-from .request import Request
+from .request import Request, Sample
 from .sampling.cyclic_reflex import with_reflection_tokens
 from .sampling.params import SamplingParams
 from .stream import Stream
@@ -151,6 +151,7 @@ class LLM:
         *,
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str] | None = None,
+        until: Sequence[Callable[[list[Sample]], bool]] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts; results come in the order of the prompts.
@@ -161,11 +162,15 @@ class LLM:
 
         priority (lower goes first) and tenant, one for all or one a prompt, matter to the policies `Priority` and
         `Fair`.
+
+        until, one a prompt: a function that is told of the prompt's samples that ended in a step (`serve.request`,
+        in order of their indices); when it returns True the prompt's other samples end at once, with finish_reason
+        "abort". `serve.search` has searches made of it.
         """
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts is a {type(prompts).__name__}; give a prompt or a list of prompts")
         given: Any = prompts if isinstance(prompts, str | bytes | dict) else list(prompts)
-        alone = _is_prompt(given)
+        alone = is_prompt(given)
         items: list[Any] = [given] if alone else given
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(items)
@@ -177,6 +182,8 @@ class LLM:
             )
         ranks = _each(priority, 0, len(items), "priority", int)
         tenants = _each(tenant, None, len(items), "tenant", str)
+        if until is not None and len(until) != len(items):
+            raise ValueError(f"{len(items)} prompts came with {len(until)} functions `until`; give one each")
         requests: list[Request] = []
         for item, one, rank, owner in zip(items, params, ranks, tenants):
             try:
@@ -185,6 +192,8 @@ class LLM:
                 if alone or self._closed:
                     raise
                 requests.append(_refused(len(requests), item, one, str(error)))
+        for request, judge in zip(requests, until or ()):
+            request.until = judge
         return self._run(requests, alone, use_tqdm)
 
     def resume(
@@ -491,7 +500,7 @@ class LLM:
                 self.engine.abort(request)
 
 
-def _is_prompt(prompts: Any) -> bool:
+def is_prompt(prompts: Any) -> bool:
     """True for one prompt: a string, a dict, or a flat list of token ids."""
     if isinstance(prompts, str | bytes | dict):
         return True

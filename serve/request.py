@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from .detokenizer import Detokenizer
@@ -22,7 +22,8 @@ class Request:
 
     `error` ends it before it ran. `carried` are the outputs that it continues (`LLM.resume`). `arrival` (s,
     `time.monotonic`) is what its deadline counts from. `cancelled`: to end as soon as the engine has it.
-    `matcher` stands at the beginning of the grammar that it asked for.
+    `matcher` stands at the beginning of the grammar that it asked for. `until` is told of the samples that ended in
+    a step, by index; when it says True the others end at once ("abort").
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class Request:
     priority: int = 0
     tenant: str | None = None
     matcher: Matcher | None = None
+    until: Callable[[list[Sample]], bool] | None = None
 
     def prepare(self, tokenizer: Tokenizer | None, grammars: Grammars) -> None:
         """What follows from the parameters once tokenizer and vocabulary are known. ValueError: a grammar that does not
@@ -60,6 +62,14 @@ class Request:
         if self.error is not None:
             return True
         return bool(self.samples) and all(sample.finish_reason for sample in self.samples)
+
+    def enough(self, ended: list[Sample]) -> bool:
+        """Whether, after these samples ended, nobody waits for the others; an exception of `until` is its error."""
+        try:
+            return self.until is not None and self.until(ended)
+        except Exception as error:
+            self.error = f"`until` failed on samples {[one.index for one in ended]}: {type(error).__name__}: {error}"
+            return True
 
     @property
     def wants_prompt_scores(self) -> bool:

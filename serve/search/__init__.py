@@ -1,0 +1,1 @@
+"""Search over continuous batching: several samples of a prompt, one answer. One technique a file."""
