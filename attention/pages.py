@@ -33,16 +33,26 @@ def unpack(x: jax.Array, n: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, kv_heads, n, -1, *rest), 1, 2).reshape(B, n, -1, *rest)
 
 
+def _take(pages: jax.Array, where: jax.Array) -> jax.Array:
+    """Pages `where` i32[W] in float32.
+
+    XLA for CPUs widens what it gathers of bfloat16 and float8, and moves that out of the loop, where it takes the whole
+    pool; behind a barrier it stays beside the gather (13 times faster on a pool of 16 MiB).
+    """
+    pages, where = lax.optimization_barrier((pages, where))
+    return pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
+
+
 def read(view: PagedView, where: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, str]:
     """Pages `where` i32[W] of heads of size `dim` in float32.
 
     Returns keys, values [W,Hkv,ps,D], and how keys lie in an einsum ("ds" or "sd"). Scales are left for `scales`: on
     scores and weights they cost a factor D less.
     """
-    k = view.k_pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
+    k = _take(view.k_pages, where)
     if view.v_pages is None:
         return k[..., :dim], k[..., dim:], "sd"
-    v = view.v_pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
+    v = _take(view.v_pages, where)
     if view.layout == "transposed":
         return k, v, "ds"
     return k[..., :dim], v[..., :dim], "sd"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenloom.attention.blockwise import Blockwise
-from tokenloom.attention.ops import AttentionSpec, attention, dense, merge, with_sinks
+from tokenloom.attention.ops import AttentionSpec, PagedView, attention, dense, merge, with_sinks
 from tokenloom.tests import attention_cases as cases
 
 # Odd settings: blocks and steps that do not divide anything, of one, and larger than everything.
@@ -33,6 +33,24 @@ partly, merging = jax.jit(dense, static_argnames="spec"), jax.jit(merge)
 @pytest.mark.parametrize("case, twin", PAIRS)
 def test_blockwise(case, twin):
     cases.check(twin, case)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_the_twin_holds_no_matrix(rows):
+    """8,192 queries, each over 8,192 tokens: scores of one head would be 256 MiB; q and out are 4 MiB each.
+
+    Nor does it widen the pool: of 64 rows it would be 64 MiB of keys in float32.
+    """
+    make, twin, spec = jax.ShapeDtypeStruct, Blockwise(lie="rows"), AttentionSpec(0.1, window=3000)
+    pages = make((1 + rows * 256, 2, 32, 16), jnp.bfloat16)
+    view = PagedView(pages, pages, make((rows, 256), jnp.int32), make((rows,), jnp.int32), layout="rows")
+    if rows == 1:
+        q, starts = make((8192, 8, 16), jnp.float32), make((2,), jnp.int32)
+        lowered = jax.jit(lambda q, view, starts: twin.prompt(q, view, starts, spec)).lower(q, view, starts)
+    else:
+        q = make((rows, 8192 // rows, 8, 16), jnp.float32)
+        lowered = jax.jit(lambda q, view: twin.rows(q, view, spec)).lower(q, view)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**24
 
 
 @pytest.mark.parametrize(
