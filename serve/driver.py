@@ -25,7 +25,8 @@ class Update:
 
     deltas: new text, token ids and log-probabilities of each sample that advanced; in the first update, which
     says that the request was accepted, there are none. output: the whole result, in the last update. error: in
-    the last update when there is no result: a ValueError (the request was refused) or what broke the engine.
+    the last update when there is no result: a ValueError (the request was refused, or failed on its way) or what
+    broke the engine.
     """
 
     deltas: list[CompletionOutput] = field(default_factory=list)
@@ -170,7 +171,9 @@ class Driver:
             finished = request.finished
             deltas = _deltas(handle, request) if handle.every_step else []
             if deltas or finished:
-                told.append((handle, Update(deltas, request.output() if finished else None)))
+                failed = None if request.error is None else ValueError(request.error)
+                output = request.output() if finished and failed is None else None
+                told.append((handle, Update(deltas, output, failed)))
             if not finished:
                 still.append(handle)
         self._live = still

@@ -30,7 +30,16 @@ MAX_PROMPTS = 2048
 # SamplingParams fields that OpenAI's body says differently, or that this translation sets.
 TRANSLATED = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "detokenize"}
 PASSED = {one.name for one in dataclasses.fields(SamplingParams)} - TRANSLATED
-SHARED = PASSED | {"model", "stream", "stream_options", "max_tokens", "logprobs", "logit_bias", "cache_salt", "response_format"}
+SHARED = PASSED | {
+    "model",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "logprobs",
+    "logit_bias",
+    "cache_salt",
+    "response_format",
+}
 # Bookkeeping of OpenAI's own service: accepted, without effect.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 TEMPLATE = {"add_generation_prompt", "continue_final_message", "documents"}
@@ -141,6 +150,7 @@ def parse(url: str, body: Any, llm: LLM, names: Sequence[str]) -> Call:
     echo, limit = _flag(given, "echo"), _max_tokens(given, chat)
     score_only = echo and limit == 0
     params = _sampling(given, chat, echo, 1 if score_only else limit)
+    llm.engine.grammars.check(params.structured_outputs)
     if echo and stream and params.logprobs is not None:
         raise Refusal("echo with logprobs cannot be streamed; leave out one of the three", param="echo")
     try:
@@ -271,7 +281,9 @@ def _chat_prompt(given: dict[str, Any], llm: LLM) -> dict[str, Any]:
             param="tool_choice",
         )
     if given.get("modalities", ["text"]) != ["text"]:
-        raise Refusal(f"modalities may only be ['text'], but is {_short(given['modalities'])}", param="modalities")
+        raise Refusal(
+            f"modalities may only be ['text'], but is {_short(given['modalities'])}", param="modalities"
+        )
     documents = _list(given.get("documents", []), "documents")
     settings: dict[str, Any] = {"documents": documents} if documents else {}
     for name in ("add_generation_prompt", "continue_final_message"):

@@ -5,8 +5,9 @@ import queue
 import random
 from itertools import chain
 
+import numpy as np
 import pytest
-from tokenloom import SamplingParams
+from tokenloom import SamplingParams, StructuredOutputs
 from tokenloom.serve import openai
 from tokenloom.serve.driver import Driver
 from tokenloom.serve.openai import CHAT, COMPLETIONS, Refusal, error_object, error_status, parse
@@ -119,6 +120,21 @@ REFUSED = {
     ),
     "forced": (CHAT, {"messages": USER, "tool_choice": "required"}, "cannot be forced", 400),
     "json": (CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format", 400),
+    "schema": (
+        CHAT,
+        {
+            "messages": USER,
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}},
+        },
+        "cannot be compiled.*objekt",
+        400,
+    ),
+    "two grammars": (
+        COMPLETIONS,
+        {"prompt": "a", "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "exclude each other",
+        400,
+    ),
     "kwargs": (
         CHAT,
         {"messages": USER, "chat_template_kwargs": {"template": "x"}},
@@ -150,6 +166,32 @@ def test_what_cannot_be_honoured_is_refused_by_name(llm, name):
     error = error_object(refused.value)
     assert error_status(refused.value) == status and set(error) == {"message", "type", "param", "code"}
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+def test_response_formats_become_structured_outputs(llm):
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    for ask in (chat, completion):
+        format = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+        call = ask(llm, response_format=format, max_tokens=40, seed=3)
+        assert call.params.structured_outputs == StructuredOutputs(json=schema)
+        call = ask(llm, response_format={"type": "json_object"})
+        assert call.params.structured_outputs == StructuredOutputs(json_object=True)
+        assert ask(llm, response_format={"type": "text"}).params.structured_outputs is None
+        call = ask(llm, structured_outputs={"choice": ["yes", "no"]}, max_tokens=9)
+        [text] = [one.text for output in llm.generate(call.prompts, call.params) for one in output.outputs]
+        assert text in ("yes", "no")
+
+
+def test_a_schema_that_fails_on_its_way_is_an_error_of_its_request(llm, monkeypatch):
+    updates = queue.SimpleQueue()
+    call = completion(llm, structured_outputs={"regex": "[0-9]{9}"}, max_tokens=12)
+    make = llm.engine.grammars.masks
+    monkeypatch.setattr(llm.engine.grammars, "masks", lambda *a: (make(*a)[0], ~np.zeros_like(make(*a)[1])))
+    with Driver(llm) as driver:
+        driver.submit(call.prompts[0], call.params, updates.put)
+        while not (update := updates.get(timeout=60)).last:
+            pass
+    assert update.output is None and "structured_outputs failed" in str(update.error)
 
 
 def test_json_is_written_and_read_whatever_it_holds():

@@ -124,6 +124,12 @@ class Grammars:
         compile."""
         return self._compiled(asked).fork()
 
+    def check(self, asked: Any) -> None:
+        """Compile now, in the caller's thread: the ValueError comes early, and `matcher` finds the grammar compiled."""
+        structured = StructuredOutputs.of(asked)
+        if structured is not None:
+            self._compiled(structured)
+
     def masks(
         self, rows: Sequence[tuple[int, Matcher]], width: int, idle_seat: int
     ) -> tuple[np.ndarray, np.ndarray]:
