@@ -68,7 +68,9 @@ class Request:
         try:
             return self.until is not None and self.until(ended)
         except Exception as error:
-            self.error = f"`until` failed on samples {[one.index for one in ended]}: {type(error).__name__}: {error}"
+            self.error = (
+                f"`until` failed on samples {[one.index for one in ended]}: {type(error).__name__}: {error}"
+            )
             return True
 
     @property

@@ -1,13 +1,16 @@
 """Searches: their samples are those of `n`, the first to finish are first by steps, cancelling frees at once."""
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 from tokenloom import LLM, SamplingParams
+from tokenloom.serve.outputs import CompletionOutput
 from tokenloom.serve.search.best_of_n import BestOfN
 from tokenloom.serve.search.first_finish import FirstFinish
+from tokenloom.serve.search.majority_vote import MajorityVote, decided, standings
 from tokenloom.tests.engines import engine, prompts
 
 # A twentieth of the vocabulary ends a sample, so lengths differ; some are cut off at the limit.
@@ -105,10 +108,10 @@ def test_first_finish_is_the_shortest_of_the_complete_samples(k):
         assert found.tokens_dropped == len(cancelled)
 
 
-@pytest.mark.parametrize("shape, tight", [("llama", False), ("llama", True), ("hybrid", False)])
-def test_the_first_is_first_by_steps_in_company_and_frees_at_once(shape, tight, monkeypatch):
+@pytest.mark.parametrize("kind", [("llama",), ("llama", True), ("hybrid",)], ids=["roomy", "tight", "hybrid"])
+def test_the_first_is_first_by_steps_in_company_and_frees_at_once(kind, monkeypatch):
     """More samples than seats, prompts that wait, preemption: late samples run a later race."""
-    llm, drawn = engine(shape, tight), prompts(6, 43, longest=80)
+    llm, drawn = engine(*kind), prompts(6, 43, longest=80)
     params = [replace(RACE, seed=seed) for seed in range(6)]
     whole = llm.generate(drawn, [replace(one, n=5) for one in params])
     ended = watch_steps(monkeypatch, llm)
@@ -198,3 +201,96 @@ def test_a_search_beside_other_requests_changes_nobodys_tokens():
         until=[*[lambda ended: False] * 4, *[lambda ended: True] * 2],
     )  # fmt: skip
     assert [ids(one) for one in mixed[:4]] == alone
+
+
+def last_token(completion):
+    """An answer with few values: some samples agree, some have none."""
+    token = completion.token_ids[-1]
+    return None if token % 5 == 4 else token % 3
+
+
+def brute_force(answers):
+    """The winner by definition: most votes, then the lowest index. answers: one a sample."""
+    given = [answer for answer in answers if answer is not None]
+    return min(set(given), key=lambda answer: (-given.count(answer), answers.index(answer)), default=None)
+
+
+def test_early_stopping_is_exact_for_every_outcome():
+    """Three answers (one of them new) and abstentions, up to 5 samples ending in any order: a vote is decided exactly
+    when no completion of it changes the winner."""
+    seen = Counter()
+    for n in range(1, 6):
+        for ended in range(n + 1):
+            for indices in itertools.combinations(range(n), ended):
+                rest = [index for index in range(n) if index not in indices]
+                for given in itertools.product([None, "a", "b"], repeat=ended):
+                    answers = dict(zip(indices, given))
+                    winners = set()
+                    for late in itertools.product([None, "a", "b", "c"], repeat=len(rest)):
+                        whole = answers | dict(zip(rest, late))
+                        winners.add(brute_force([whole[index] for index in range(n)]))
+                    assert decided(answers, n) == (len(winners) == 1), (n, answers, winners)
+                    if len(winners) == 1:
+                        assert winners == {next(iter(standings(answers)), None)}
+                    seen[ended < n and len(winners) == 1] += 1
+    assert seen[True] > 50, "some votes were meant to be decided early"
+
+
+@pytest.mark.parametrize("kind", [("llama",), ("llama", True)], ids=["roomy", "tight"])
+def test_majority_is_the_brute_force_majority_and_early_stopping_keeps_it(kind):
+    llm, drawn = engine(*kind), prompts(8, 46, longest=60)
+    whole = llm.generate(drawn, replace(RACE, n=5))
+    all_votes = MajorityVote(5, answer=last_token, early_stop=False).generate(llm, drawn, RACE)
+    early = MajorityVote(5, answer=last_token).generate(llm, drawn, RACE)
+    assert all_free(llm)
+    for output, full, part in zip(whole, all_votes, early):
+        answers = [last_token(one) for one in output.outputs]
+        expected = brute_force(answers)
+        assert full.choice.answer == part.choice.answer == expected
+        assert full.choice.votes == Counter(answer for answer in answers if answer is not None)
+        assert ids(full.output) == ids(output) and full.tokens_saved == 0
+        assert full.best.index == answers.index(expected) and last_token(part.best) == expected
+        assert part.tokens_generated <= full.tokens_generated <= part.tokens_generated + part.tokens_saved
+    assert sum(one.tokens_cancelled > 0 for one in early) >= 3, "some votes were meant to be decided early"
+
+
+def test_answers_by_regular_expression_are_the_last_match_without_spaces():
+    def read(pattern, text):
+        return MajorityVote(1, answer=pattern).read(CompletionOutput(0, text, [1]))
+
+    assert read(r"answer is (\d+)", "the answer is 3. No: the answer is 42") == "42"
+    assert read(r"\d+ ?", "1 or 2 ") == "2" and read(r"(x)|\d", "7") is None and read(r"\d", "none") is None
+    for make, match in (
+        (lambda: MajorityVote(2, answer="("), "regular expression"),
+        (lambda: MajorityVote(2, answer=3), "regular expression"),
+        (lambda: MajorityVote(2, answer="a").prepare(replace(RACE, detokenize=False)), "detokenize"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make()
+
+
+def test_a_vote_composes_with_structured_outputs_on_the_embedded_model():
+    pytest.importorskip("llguidance")
+    llm = LLM(
+        "demo", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, strict=True, progress=False
+    )
+    params = SamplingParams(
+        temperature=1.0, seed=3, max_tokens=12, structured_outputs={"choice": ["yes", "no", "maybe"]}
+    )
+    whole = llm.generate(["Is it so?", "And now?"], replace(params, n=6))
+    found = MajorityVote(6, answer=r"\w+").generate(llm, ["Is it so?", "And now?"], params)
+    for full, one in zip(whole, found):
+        texts = [sample.text for sample in full.outputs]
+        assert (
+            one.error is None
+            and one.choice.answer == brute_force(texts)
+            and set(texts) <= {"yes", "no", "maybe"}
+        )
+    race = FirstFinish(6).generate(llm, "Is it so?", params)[0]
+    assert race.best.text in ("yes", "no", "maybe") and all_free(llm)
+
+
+def test_an_answer_that_cannot_be_counted_is_the_prompts_error():
+    llm = engine("llama")
+    found = MajorityVote(2, answer=lambda one: [1]).generate(llm, PROMPT, RACE)[0]
+    assert "unhashable" in found.error and found.best is None and all_free(llm)
