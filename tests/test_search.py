@@ -11,6 +11,7 @@ from tokenloom.serve.outputs import CompletionOutput
 from tokenloom.serve.search.best_of_n import BestOfN
 from tokenloom.serve.search.first_finish import FirstFinish
 from tokenloom.serve.search.majority_vote import MajorityVote, decided, standings
+from tokenloom.tests import tiny
 from tokenloom.tests.engines import engine, prompts
 
 # A twentieth of the vocabulary ends a sample, so lengths differ; some are cut off at the limit.
@@ -269,25 +270,18 @@ def test_answers_by_regular_expression_are_the_last_match_without_spaces():
             make()
 
 
-def test_a_vote_composes_with_structured_outputs_on_the_embedded_model():
+def test_searches_compose_with_structured_outputs():
     pytest.importorskip("llguidance")
-    llm = LLM(
-        "demo", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, strict=True, progress=False
-    )
-    params = SamplingParams(
-        temperature=1.0, seed=3, max_tokens=12, structured_outputs={"choice": ["yes", "no", "maybe"]}
-    )
-    whole = llm.generate(["Is it so?", "And now?"], replace(params, n=6))
-    found = MajorityVote(6, answer=r"\w+").generate(llm, ["Is it so?", "And now?"], params)
+    llm = tiny.llm()
+    choices, asked = {"yes", "no", "maybe"}, ["Is it so?", "And now?"]
+    params = SamplingParams(seed=3, max_tokens=30, structured_outputs={"choice": sorted(choices)})
+    whole = llm.generate(asked, replace(params, n=6))
+    found = MajorityVote(6, answer=r"\w+").generate(llm, asked, params)
     for full, one in zip(whole, found):
         texts = [sample.text for sample in full.outputs]
-        assert (
-            one.error is None
-            and one.choice.answer == brute_force(texts)
-            and set(texts) <= {"yes", "no", "maybe"}
-        )
+        assert one.error is None and one.choice.answer == brute_force(texts) and set(texts) <= choices
     race = FirstFinish(6).generate(llm, "Is it so?", params)[0]
-    assert race.best.text in ("yes", "no", "maybe") and all_free(llm)
+    assert race.best.text in choices and all_free(llm)
 
 
 def test_an_answer_that_cannot_be_counted_is_the_prompts_error():
