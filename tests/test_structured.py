@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -199,6 +200,13 @@ def test_a_mask_is_brute_force():
     assert matcher.ended
 
 
+def test_masks_are_written_in_place():
+    programs = llm().engine.programs
+    memory = programs.compiled["mask", 4].memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(programs.sampler_state))
+    assert memory.temp_size_in_bytes < 1024
+
+
 def test_an_unconstrained_row_is_unchanged_to_the_bit():
     """Also beside a constrained one; all-ones masks change nothing either."""
     processor, vocab = GrammarMask(), 45
@@ -244,6 +252,12 @@ def test_what_does_not_compile_is_that_requests_error():
             SamplingParams(structured_outputs=json.loads(settings))
     with pytest.raises(ValueError, match="needs a tokenizer"):
         asks(regex="a").validate_for(10, tokenizer=False)
+
+
+def test_without_llguidance_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ValueError, match=r"pip install 'tokenloom\[structured\]'"):
+        Grammars(tokenizer(), PADDED, (0,)).check({"regex": "a"})
 
 
 def test_a_grammar_that_fails_on_the_way_ends_its_request_only(monkeypatch):

@@ -27,7 +27,7 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object")
 class StructuredOutputs:
     """What a text must be: exactly one of these.
 
-    json         a JSON schema: an object, or its text; kept as text
+    json         a JSON schema: an object, or its text; kept as text. Members are written in the schema's order
     regex        a regular expression (Rust's syntax) that the whole text matches
     choice       one of these texts
     grammar      a context-free grammar, in Lark's or GBNF's notation
