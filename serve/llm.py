@@ -63,7 +63,8 @@ class LLM:
         attention_backend: "blockwise" (plain JAX), "tpu" or "triton"; None: the kernels of the device, then plain JAX.
             Kernels for another device run interpreted, for tests.
         kv_cache_dtype: how keys and values are stored: "float32", "bfloat16", "float16", or quantised with a scale
-            for each token and head, "int8" or "fp8"; None: as activations are.
+            for each token and head, "int8" or "fp8"; None: as activations are. On CPU choose int8 or float16: XLA
+            copies pages of bfloat16 and fp8 when it writes to them.
         tensor_parallel_size: devices that one model is split over: heads, MLP and vocabulary.
         skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).

@@ -37,6 +37,8 @@ class AttentionSpec:
             raise ValueError(f"chunk={self.chunk} must be at least 1, and needs causal=True")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1: a token sees itself")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap={self.softcap} must be above 0; None for no cap")
 
     def visible(self, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(first, last) key position that queries at `positions` see in rows of `lengths` tokens, both included.
