@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .serve.repetition import RepetitionDetectionParams
     from .serve.sampling.params import SamplingParams
     from .serve.sampling.structured import StructuredOutputs
+    from .serve.search.best_of_n import BestOfN
+    from .serve.search.first_finish import FirstFinish
+    from .serve.search.majority_vote import MajorityVote
 
 _HOMES = {
     "LLM": "serve.llm",
@@ -38,15 +41,21 @@ _HOMES = {
     "Fair": "serve.policies.fair",
     "BatchLLM": "serve.policies.batch_llm",
     "Castillo": "serve.policies.castillo",
+    "BestOfN": "serve.search.best_of_n",
+    "FirstFinish": "serve.search.first_finish",
+    "MajorityVote": "serve.search.majority_vote",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "BatchLLM",
+    "BestOfN",
     "Castillo",
     "CompletionOutput",
     "Fair",
+    "FirstFinish",
+    "MajorityVote",
     "PrefillFirst",
     "Priority",
     "QueueFull",

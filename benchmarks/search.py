@@ -1,6 +1,6 @@
 """What searches cost: tokens generated against a plain majority of n, and how often the answer is right.
 
-    python benchmarks/search.py [--prompts 48] [--samples 16] [--temperature 0.8]
+    python benchmarks/search.py [--prompts 48] [--samples 16] [--temperature 0.8] [--seats 16]
 
 The embedded model completes `return` lines of jinja2, a package that it was not trained on, from the lines before
 them; an answer is the rest of the line, and right when it is jinja2's own. Every search draws the same samples (the
@@ -22,7 +22,7 @@ from tokenloom.serve.search.first_finish import FirstFinish
 from tokenloom.serve.search.majority_vote import MajorityVote
 from tokenloom.serve.search.search import Search
 
-CONTEXT, SEATS = 12, 16  # lines before an answer, samples at once
+CONTEXT = 12  # lines before an answer
 
 
 def drawn(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -61,13 +61,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--seats", type=int, default=16, help="samples that run at once")
     arguments = parser.parse_args()
     prompts, answers = drawn(arguments.prompts)
     params = [
         SamplingParams(temperature=arguments.temperature, max_tokens=48, stop="\n", seed=seed)
         for seed in range(len(prompts))
     ]
-    llm = LLM("demo", max_num_seqs=SEATS, max_model_len=1024, progress=False)
+    llm = LLM("demo", max_num_seqs=arguments.seats, max_model_len=1024, progress=False)
     rows = [(f"{len(prompts)} prompts, n={arguments.samples}", "tokens", "of majority", "cancelled", "dropped",
              "steps", "right")]  # fmt: skip
     whole = 0

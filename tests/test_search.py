@@ -29,17 +29,18 @@ def all_free(llm: LLM) -> bool:
 
 
 def watch_steps(monkeypatch, llm: LLM) -> list[list[tuple[str, int]]]:
-    """For each step the (request, sample) that ended by themselves in it; checks that what a step cancels holds
-    neither seat nor pages when it returns."""
+    """For each step the (request, sample) that ended by themselves in it; checks that when a step returns every page
+    that is not free belongs to a sample that goes on."""
     ended, step = [], llm.engine.step
+    pages, scheduler = llm.engine.pages, llm.engine.scheduler
 
     def watched():
         advanced = step()
         stopped = [one for one in advanced if one.finish_reason]
-        assert all(one.sequence.seat < 0 and not one.sequence.pages for one in stopped)
+        assert all(one.owner.finish_reason is None for one in scheduler.running)
+        owned = {page for one in scheduler.running for page in one.pages}
+        assert pages.free + len(owned) == pages.num_pages - 1
         ended.append([(one.request.request_id, one.index) for one in stopped if one.finish_reason != "abort"])
-        live = [one.sequence for one in advanced if one.finish_reason is None]
-        assert sum(one.seat >= 0 for one in live) <= len(llm.engine.scheduler.running)
         return advanced
 
     monkeypatch.setattr(llm.engine, "step", watched)
@@ -129,22 +130,36 @@ def test_the_first_is_first_by_steps_in_company_and_frees_at_once(kind, monkeypa
     assert never_ran, "some samples were meant to wait for a seat until their race was over"
 
 
-def test_cancelled_samples_leave_room_for_the_next_step():
-    """A second prompt waits for the seats of a race; it is admitted in the step after the finish."""
-    llm = engine("llama")
-    race = replace(RACE, stop_token_ids=range(30))
-    trial = FirstFinish(4)
-    params = [trial.prepare(race), SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)]
-    waiting, seats = [], llm.engine.programs.plan.max_num_seqs
+def test_cancelled_samples_leave_their_seats_to_the_next_step(monkeypatch):
+    """A second prompt waits while four samples race on four seats; the step after the finish runs it alone."""
+    llm, works, over = engine("llama"), [], []
+    schedule = llm.engine.scheduler.schedule
+    monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda: works.append(schedule()) or works[-1])
 
     def until(ended):
-        waiting.append(len(llm.engine.scheduler.waiting))
+        over.append(len(works))
         return True
 
-    outputs = llm.generate([PROMPT, PROMPT], params, until=[until, until])
-    assert seats == 4 and waiting[0] == 1, "the second prompt was meant to wait"
+    second = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    outputs = llm.generate([PROMPT, PROMPT], [replace(RACE, n=4), second], until=[until, lambda ended: False])
+    work = works[over[0]]
+    assert len(over) == 1 and not work.decodes
+    assert [one.owner.request.request_id for one in work.admitted] == [outputs[1].request_id]
     assert Counter(one.finish_reason for one in outputs[0].outputs)["abort"] == 3
     assert outputs[1].outputs[0].finish_reason == "length" and all_free(llm)
+
+
+def test_what_is_not_accepted_does_not_win_the_race():
+    """Brute force: the accepted samples by length and index, then the others."""
+    llm, passed_over = engine("llama"), 0
+    for seed in range(8):
+        params = replace(RACE, seed=seed)
+        whole = llm.generate(PROMPT, replace(params, n=4))[0].outputs
+        found = FirstFinish(4, accept=lambda one: one.token_ids[-1] % 2 == 0).generate(llm, PROMPT, params)[0]
+        order = sorted(whole, key=lambda one: (one.token_ids[-1] % 2, len(one.token_ids), one.index))
+        assert list(found.choice.order) == [order[0].index]
+        passed_over += found.ended[0] != order[0].index
+    assert passed_over, "some first finisher was meant not to be accepted"
 
 
 def test_nobody_accepted_falls_back_to_the_order_of_the_ends():
@@ -192,16 +207,15 @@ def test_bad_settings_are_refused_and_bad_prompts_are_errors_of_their_own():
     assert "vocabulary" in refused.error and refused.choice is None and fine.best is not None
 
 
-def test_a_search_beside_other_requests_changes_nobodys_tokens():
+def test_searches_beside_other_requests_change_nobodys_tokens():
     llm, drawn = engine("llama"), prompts(4, 45, longest=40)
     params = [replace(RACE, seed=random.Random(i).getrandbits(64)) for i in range(4)]
     alone = [ids(llm.generate(p, s)[0]) for p, s in zip(drawn, params)]
-    trials = [FirstFinish(3) for _ in range(2)]
-    mixed = llm.generate(
-        [*drawn, PROMPT, PROMPT], [*params, *(one.prepare(RACE) for one in trials)],
-        until=[*[lambda ended: False] * 4, *[lambda ended: True] * 2],
-    )  # fmt: skip
+    race = replace(RACE, n=3)
+    judges = [*[lambda ended: False] * 4, *[lambda ended: True] * 2]
+    mixed = llm.generate([*drawn, PROMPT, PROMPT], [*params, race, race], until=judges)
     assert [ids(one) for one in mixed[:4]] == alone
+    assert all(any(c.finish_reason == "abort" for c in one.outputs) for one in mixed[4:])
 
 
 def last_token(completion):
