@@ -143,7 +143,9 @@ def _size_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num-pages", type=int, help="pages of the KV pool; default: what the memory allows"
     )
-    command.add_argument("--tensor-parallel-size", type=int, default=1, help="devices to split the model over")
+    command.add_argument(
+        "--tensor-parallel-size", type=int, default=1, help="devices to split the model over"
+    )
     command.add_argument("--kv-cache-dtype", help="how keys and values are stored, such as int8 or fp8")
     command.add_argument(
         "--served-model-name", action="append", default=[], help="what requests may call it; may be repeated"
