@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..pallas_kernels.attention.spec import NEG_INF, AttentionSpec, Backend, Layout, PagedView, Tree
+from ..pallas_kernels.attention.spec import LANES, NEG_INF, AttentionSpec, Backend, Layout, PagedView, Tree
 
 __all__ = [
     "NEG_INF",
@@ -57,6 +57,7 @@ def attention(
     lse f32 [..., Hq], so partial results `merge`. A back end refuses with NotImplementedError; when all do, one
     NotImplementedError gives every reason.
     """
+    _check(q, view)
     reasons = []
     for backend in backends:
         try:
@@ -68,6 +69,22 @@ def attention(
         except NotImplementedError as reason:
             reasons.append(f"{type(backend).__name__}: {reason}")
     raise NotImplementedError("no attention back end accepts this case: " + "; ".join(reasons))
+
+
+def _check(q: jax.Array, view: PagedView) -> None:
+    """ValueError where queries and pages are not of one model."""
+    heads, dim = q.shape[-2:]
+    stored = view.k_pages.shape[2 if view.layout == "transposed" else 3]
+    wanted = {"padded": -(-dim // LANES) * LANES, "paired": 2 * dim}.get(view.layout, dim)
+    if heads % view.kv_heads:
+        raise ValueError(
+            f"{heads} query heads do not share {view.kv_heads} KV heads evenly; give a multiple of them"
+        )
+    if stored != wanted:
+        raise ValueError(
+            f"queries have heads of {dim}, for which {view.layout} pages hold {wanted} numbers a token, but these "
+            f"hold {stored}; give queries and pages of one model"
+        )
 
 
 def dense(

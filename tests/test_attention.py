@@ -183,6 +183,17 @@ def test_back_ends_are_tried_in_order(name):
         tried()
 
 
+def test_queries_and_pages_of_two_models_are_refused():
+    case = next(case for case in cases.CASES if case.name == "window-1")
+    for layout in ("transposed", "rows", "padded", "paired"):
+        problem = cases.build(case, layout)
+        backends = (Blockwise(lie=layout),)
+        with pytest.raises(ValueError, match="13 query heads do not share 2 KV heads evenly"):
+            attention(problem.q[:, :, :13], problem.view, case.spec, backends)
+        with pytest.raises(ValueError, match=f"queries have heads of 200, for which {layout} pages hold"):
+            attention(jnp.zeros((*problem.q.shape[:3], 200)), problem.view, case.spec, backends)
+
+
 def test_errors_are_not_refusals():
     """A mistake in the input must not send the case on to the next back end."""
 
