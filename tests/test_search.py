@@ -1,12 +1,14 @@
 """Searches: their samples are those of `n`, the first to finish are first by steps, cancelling frees at once."""
 
 import itertools
+import queue
 import random
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 from tokenloom import LLM, SamplingParams
+from tokenloom.serve.driver import Driver
 from tokenloom.serve.outputs import CompletionOutput
 from tokenloom.serve.search.best_of_n import BestOfN
 from tokenloom.serve.search.first_finish import FirstFinish
@@ -267,6 +269,27 @@ def test_majority_is_the_brute_force_majority_and_early_stopping_keeps_it(kind):
         assert full.best.index == answers.index(expected) and last_token(part.best) == expected
         assert part.tokens_generated <= full.tokens_generated <= part.tokens_generated + part.tokens_saved
     assert sum(one.tokens_cancelled > 0 for one in early) >= 3, "some votes were meant to be decided early"
+
+
+def test_a_search_beside_a_driver():
+    """Whoever steps (a server's or a batch job's driver, the search itself), tokens and winner are the same."""
+    llm, drawn = engine("llama"), prompts(6, 47, longest=40)
+    params = replace(RACE, n=2)
+    alone = [ids(one) for one in llm.generate(drawn[2:], params)]
+    expected = [
+        brute_force([last_token(one) for one in output.outputs])
+        for output in llm.generate(drawn[:2], replace(RACE, n=5))
+    ]
+    arrived: queue.SimpleQueue = queue.SimpleQueue()
+    with Driver(llm) as driver:
+        for place, prompt in enumerate(drawn[2:]):
+            driver.submit(
+                prompt, params, lambda update, at=place: arrived.put((at, update)), every_step=False
+            )
+        found = MajorityVote(5, answer=last_token).generate(llm, drawn[:2], RACE)
+        updates = dict(arrived.get(timeout=60) for _ in alone)
+    assert [one.choice.answer for one in found] == expected
+    assert [ids(updates[place].output) for place in range(len(alone))] == alone and all_free(llm)
 
 
 def test_answers_by_regular_expression_are_the_last_match_without_spaces():
