@@ -1,0 +1,50 @@
+"""Compiled programs are given back before the process runs out of memory mappings.
+
+XLA on CPU maps each compiled function by itself: an engine holds thousands of mappings, Linux allows a process
+65,530, and behind that compiling crashes. So the caches that test modules keep are emptied when many are in use.
+"""
+
+import functools
+import gc
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+HERE = Path(__file__).resolve().parent
+MAPPINGS = Path("/proc/self/maps")
+ENOUGH = 20_000
+TESTS_BETWEEN_LOOKS = 4
+
+
+def forget() -> None:
+    """Empty every `functools.cache` of the modules in this folder, and JAX's own."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file is None or Path(file).resolve().parent != HERE:
+            continue
+        for value in list(vars(module).values()):
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def count() -> Iterator[int]:
+    """1, 2, 3 ..., a number a test."""
+    return itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_mappings(count: Iterator[int]) -> Iterator[None]:
+    yield
+    # Looking costs some milliseconds, so not after every test.
+    if next(count) % TESTS_BETWEEN_LOOKS == 0 and MAPPINGS.exists():
+        with MAPPINGS.open() as maps:
+            many = sum(1 for _ in maps) > ENOUGH
+        if many:
+            forget()
