@@ -34,16 +34,16 @@ def forget() -> None:
 
 
 @pytest.fixture(scope="session")
-def count() -> Iterator[int]:
+def tests_ended() -> Iterator[int]:
     """1, 2, 3 ..., a number a test."""
     return itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
-def few_mappings(count: Iterator[int]) -> Iterator[None]:
+def few_mappings(tests_ended: Iterator[int]) -> Iterator[None]:
     yield
     # Looking costs some milliseconds, so not after every test.
-    if next(count) % TESTS_BETWEEN_LOOKS == 0 and MAPPINGS.exists():
+    if next(tests_ended) % TESTS_BETWEEN_LOOKS == 0 and MAPPINGS.exists():
         with MAPPINGS.open() as maps:
             many = sum(1 for _ in maps) > ENOUGH
         if many:
