@@ -16,8 +16,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 MAPPINGS = Path("/proc/self/maps")
-ENOUGH = 20_000
-TESTS_BETWEEN_LOOKS = 4
+ENOUGH = 40_000
+TESTS_BETWEEN_LOOKS = 2
 
 
 def forget() -> None:
