@@ -71,6 +71,10 @@ def test_pages_are_updated_in_place(mesh, shape, kernels, limit):
     assert ("paged_attention" in compiled.as_text()) == kernels
     memory = compiled.memory_analysis()
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // 8
+    print(
+        f"{shape}, {'kernels' if kernels else 'twin'}: arguments {memory.argument_size_in_bytes / 1e9:.2f} GB, "
+        f"temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB"
+    )
     assert memory.alias_size_in_bytes == state_bytes
     assert memory.temp_size_in_bytes <= limit * memory.argument_size_in_bytes
 
