@@ -24,6 +24,7 @@ from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, stat
 from ..pallas_kernels.attention.tuned import tiles_folder
 from ..pallas_kernels.chips import Chip
 from ..sharding.placement import Placement
+from .bounds import Bounds
 from .engine import Engine
 from .pages import PageAllocator
 from .policies.policy import Policy
@@ -49,13 +50,14 @@ RECURRENT_BLOCK, REMEMBERED_BLOCKS = 64, 1 << 16
 class Build:
     """The settings of an engine; None means chosen from the model and the device."""
 
-    max_model_len: int | None
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    num_pages: int | None
-    page_size: int | None
-    seed: int
-    strict: bool
+    max_model_len: int | None = None
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 512
+    num_pages: int | None = None
+    page_size: int | None = None
+    seed: int = 0
+    strict: bool = False
+    bounds: Bounds = Bounds()
     prefix_cache: bool | None = None
     policy: Policy | None = None
     telemetry: Telemetry | None = None
@@ -80,31 +82,56 @@ class Build:
         """How keys and values are stored, where activations are `computed` in."""
         return computed if self.kv_cache_dtype is None else jnp.dtype(KV_DTYPES[self.kv_cache_dtype])
 
-    def backends(self) -> tuple[Backend, ...]:
-        """Attention back ends for the default device, in the order in which they are tried."""
+    def backends(self, place: Placement | None = None) -> tuple[Backend, ...]:
+        """Attention back ends for the default device or those of `place`, in the order in which they are tried."""
         chip = Chip.of(jax.devices()[0])
         named_one = self.attention_backend
         found = backends(chip, tiles_folder()) if named_one is None else named(named_one, chip)
-        return found if self.placement is None else self.placement.backends(found)
+        return found if place is None else place.backends(found)
 
-    @property
-    def placement(self) -> Placement | None:
-        """Where the model lives; None: on the default device."""
-        return None if self.tensor_parallel_size == 1 else Placement.tensor(self.tensor_parallel_size)
+    def placement(self, config: ModelConfig) -> Placement | None:
+        """Where the model lives; None: on the default device. ValueError where it does not split."""
+        size = self.tensor_parallel_size
+        return None if size == 1 else Placement.tensor(size, config.attention_heads)
 
     def shardings(self, config: ModelConfig, numerics: Numerics) -> Any:
-        """The sharding of each parameter of the checkpoint; None: the default device. ValueError where the model
-        does not split."""
-        if self.placement is None:
-            return None
-        for block in config.blocks:
-            heads = block.mixer.kv_heads if isinstance(block.mixer, AttentionConfig) else 0
-            if heads % self.tensor_parallel_size:
-                raise ValueError(
-                    f"tensor_parallel_size={self.tensor_parallel_size} does not divide the model's {heads} KV heads; "
-                    f"choose a size that does"
-                )
-        return self.placement.params(*checkpoint.abstract(config, numerics))
+        """The sharding of each parameter of the checkpoint; None: the default device."""
+        place = self.placement(config)
+        return None if place is None else place.params(*checkpoint.abstract(config, numerics))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model's weights on their devices; no folder: drawn at random."""
+
+    name: str
+    folder: Path | None
+    config: ModelConfig
+    numerics: Numerics
+    params: Any
+
+
+def open_model(model: str | Path | ModelConfig | dict[str, Any], dtype: str | None, build: Build) -> Opened:
+    """Load a checkpoint, or draw the weights of a config from `build.seed`."""
+    if isinstance(model, ModelConfig | dict):
+        config = model if isinstance(model, ModelConfig) else checkpoint.read_config(model)
+        numerics = choose_numerics(dtype, config.dtype)
+        drawn = checkpoint.random_params(config, numerics, build.seed)
+        params = jax.device_put(drawn, build.shardings(config, numerics))
+        return Opened(f"{config.model_type} (random)", None, config, numerics, params)
+    folder = checkpoint.resolve(model)
+    config = checkpoint.load_config(folder)[1]
+    numerics = choose_numerics(dtype, config.dtype)
+    params = checkpoint.load(folder, config, numerics, build.shardings(config, numerics))
+    return Opened(str(model), folder, config, numerics, params)
+
+
+def open_tokenizer(given: Tokenizer | str | Path | None, folder: Path | None) -> Tokenizer | None:
+    """The tokenizer that was given, or the checkpoint's own."""
+    if isinstance(given, Tokenizer):
+        return given
+    source = folder if given is None else checkpoint.resolve(given)
+    return None if source is None else Tokenizer.load(source)
 
 
 def choose_numerics(dtype: str | None, stored: str, platform: str | None = None) -> Numerics:
@@ -231,7 +258,7 @@ def build_engine(
     paged = page_bytes(config, 1, numerics.dtype) > 0
     width = -(-length // page_size) if paged else 0
     budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
-    period, place = None if numerics.platform == "cpu" else period_of(config), build.placement
+    period, place = None if numerics.platform == "cpu" else period_of(config), build.placement(config)
     if period is None:
         graphdef, _ = checkpoint.abstract(config, numerics)
     else:
@@ -241,7 +268,7 @@ def build_engine(
             params = jax.device_put(params, place.params(graphdef, specs))
     snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
-        num_pages, page_size, build.max_num_seqs, numerics.dtype, build.backends(), snapshots,
+        num_pages, page_size, build.max_num_seqs, numerics.dtype, build.backends(place), snapshots,
         build.kv_dtype(numerics.dtype),
     )  # fmt: skip
     empty = partial(make_state, config, capacity, period)
@@ -260,7 +287,8 @@ def build_engine(
     make = Engine if build.telemetry is None else partial(MeasuredEngine, telemetry=build.telemetry)
     engine = make(
         programs, pages, max_model_len=length, vocab_size=config.vocab_size, budget=budget,
-        tokenizer=tokenizer, eos_ids=eos, policy=build.policy, overlap=build.overlap is not False,
+        tokenizer=tokenizer, eos_ids=eos, bounds=build.bounds, policy=build.policy,
+        overlap=build.overlap is not False,
     )  # fmt: skip
     return config, engine
 
@@ -275,7 +303,7 @@ def describe(
     """What an engine on this checkpoint would be, from its config alone: nothing is loaded or compiled."""
     config = checkpoint.load_config(folder)[1]
     numerics = choose_numerics(None, config.dtype)
-    build = Build(max_model_len, max_num_seqs, max_num_batched_tokens, None, None, 0, False)
+    build = Build(max_model_len, max_num_seqs, max_num_batched_tokens)
     length = choose_length(config, max_model_len)
     num_pages, page_size = choose_pages(config, build, length, numerics.dtype)
     leaves = jax.tree.leaves(checkpoint.abstract(config, numerics)[1])

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from .outputs import CompletionOutput, RequestOutput
+from .prompts import Prompt, salt_of
 from .request import Request, Sample
 from .sampling.params import SamplingParams
 
 if TYPE_CHECKING:
-    from .llm import LLM, Prompt
+    from .llm import LLM
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ class Driver:
         cannot be tokenized (other refusals come as an update) and RuntimeError when the driver has stopped.
         """
         text, ids = self.llm.tokens(prompt)
-        salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
-        handle = Handle(text, ids, params, on_update, every_step, salt)
+        handle = Handle(text, ids, params, on_update, every_step, salt_of(prompt))
         with self._wake:
             if self._stopping or self.failure is not None:
                 raise RuntimeError(f"the driver has stopped: {self.failure or 'it was asked to'}")

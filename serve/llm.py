@@ -15,15 +15,15 @@ from tqdm.auto import tqdm
 
 from ..model import checkpoint
 from ..model.config import ModelConfig
-from ..model.layers import Numerics
 from ..model.stacked import unstack
 from . import chat
 from .bounds import Bounds
-from .build import Build, build_engine, choose_numerics
+from .build import Build, build_engine, open_model, open_tokenizer
 from .interrupt import deferred_interrupt
 from .locks import FairLock
 from .outputs import RequestOutput
 from .policies.policy import Policy
+from .prompts import Prompt, each, encode_prompt, is_prompt, need_tokenizer, salt_of
 from .request import Request, Sample
 from .sampling.cyclic_reflex import with_reflection_tokens
 from .sampling.params import SamplingParams
@@ -34,14 +34,14 @@ from .telemetry.recorder import Telemetry
 from .tokenizer import Tokenizer
 from .weights import Weights, plan_swap
 
-Prompt = str | Sequence[int] | dict[str, Any]
-
 
 class LLM:
     """A language model ready to write.
 
     Args:
-        model: a folder with a Hugging Face or Orbax checkpoint, a hub name, or "demo", the embedded model.
+        model: a folder with a Hugging Face or Orbax checkpoint, a hub name, or "demo", the embedded model; or a
+            config (`ModelConfig`, or a config.json's dict), whose weights are then drawn from `seed`.
+        tokenizer: a `Tokenizer`, or the folder or hub name of one; None: the checkpoint's own (a config has none).
         dtype: dtype of the stored weights ("float32", "bfloat16"); None: what suits the device.
         max_model_len: longest prompt + output in tokens; None: the checkpoint's own limit.
         max_num_seqs: sequences that run at once.
@@ -73,75 +73,46 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path = "demo", *, dtype: str | None = None, max_model_len: int | None = None,
-        max_num_seqs: int = 8, max_num_batched_tokens: int = 512, num_pages: int | None = None,
-        page_size: int | None = None, seed: int = 0, strict: bool = False, progress: bool = True,
-        skip_tokenizer_init: bool = False, prefix_cache: bool | None = None,
+        self, model: str | Path | ModelConfig | dict[str, Any] = "demo", *,
+        tokenizer: Tokenizer | str | Path | None = None, dtype: str | None = None,
+        max_model_len: int | None = None, max_num_seqs: int = 8, max_num_batched_tokens: int = 512,
+        num_pages: int | None = None, page_size: int | None = None, seed: int = 0, strict: bool = False,
+        progress: bool = True, skip_tokenizer_init: bool = False, prefix_cache: bool | None = None,
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
         tensor_parallel_size: int = 1,
     ):  # fmt: skip
-        bounds = Bounds(max_output_tokens, max_waiting)
-        folder = checkpoint.resolve(model)
-        config = checkpoint.load_config(folder)[1]
-        tokenizer = None if skip_tokenizer_init else Tokenizer.load(folder)
-        numerics = choose_numerics(dtype, config.dtype)
-        self.folder: Path | None = folder
         build = Build(
-            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
-            prefix_cache, policy, Telemetry.of(telemetry), overlap, attention_backend, kv_cache_dtype,
-            tensor_parallel_size,
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, num_pages=num_pages, page_size=page_size, seed=seed,
+            strict=strict, prefix_cache=prefix_cache, policy=policy, telemetry=Telemetry.of(telemetry),
+            overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            bounds=Bounds(max_output_tokens, max_waiting),
         )  # fmt: skip
-        params = checkpoint.load(folder, config, numerics, build.shardings(config, numerics))
-        self._start(str(model), config, numerics, params, tokenizer, build, progress, bounds)
-
-    @classmethod
-    def from_config(
-        cls, config: ModelConfig | dict[str, Any], seed: int = 0, *, dtype: str | None = None,
-        tokenizer: Tokenizer | None = None, max_model_len: int | None = None, max_num_seqs: int = 8,
-        max_num_batched_tokens: int = 512, num_pages: int | None = None, page_size: int | None = None,
-        strict: bool = False, progress: bool = True, prefix_cache: bool | None = None,
-        policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
-        telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
-        attention_backend: str | None = None, kv_cache_dtype: str | None = None,
-        tensor_parallel_size: int = 1,
-    ) -> Self:  # fmt: skip
-        """A model with random weights drawn from `seed`: `config` is a ModelConfig or a config.json's dict."""
-        bounds = Bounds(max_output_tokens, max_waiting)
-        if isinstance(config, dict):
-            config = checkpoint.read_config(config)
-        numerics = choose_numerics(dtype, config.dtype)
-        self = cls.__new__(cls)
-        self.folder = None
-        build = Build(
-            max_model_len, max_num_seqs, max_num_batched_tokens, num_pages, page_size, seed, strict,
-            prefix_cache, policy, Telemetry.of(telemetry), overlap, attention_backend, kv_cache_dtype,
-            tensor_parallel_size,
-        )  # fmt: skip
-        params = checkpoint.random_params(config, numerics, seed)
-        params = jax.device_put(params, build.shardings(config, numerics))
-        name = f"{config.model_type} (random)"
-        self._start(name, config, numerics, params, tokenizer, build, progress, bounds)
-        return self
-
-    def _start(
-        self, name: str, config: ModelConfig, numerics: Numerics, params: Any, tokenizer: Tokenizer | None,
-        build: Build, progress: bool, bounds: Bounds,
-    ) -> None:  # fmt: skip
-        self.name, self.tokenizer, self.seed, self.progress = name, tokenizer, build.seed, progress
-        self.config, self.engine = build_engine(config, numerics, params, tokenizer, build)
-        self.engine.bounds = bounds
+        opened = open_model(model, dtype, build)
+        self.name, self.folder, self.seed, self.progress = opened.name, opened.folder, seed, progress
+        self.tokenizer = None if skip_tokenizer_init else open_tokenizer(tokenizer, opened.folder)
+        self.config, self.engine = build_engine(
+            opened.config, opened.numerics, opened.params, self.tokenizer, build
+        )
         programs = self.engine.programs
         programs.compile(progress)
         self.engine.scheduler.policy.calibrate(programs.plan.chunks, programs.measure)
         self.telemetry = build.telemetry
         if isinstance(self.engine, MeasuredEngine):
-            self.engine.telemetry.start(name, self.config, self.engine)
+            self.engine.telemetry.start(self.name, self.config, self.engine)
         self._lock = FairLock()
         self._requests = 0
         self._live: weakref.WeakSet[Request] = weakref.WeakSet()
         self._closed = False
+
+    @classmethod
+    def from_config(cls, config: ModelConfig | dict[str, Any], seed: int = 0, **options: Any) -> Self:
+        """A model with random weights drawn from `seed`: `config` is a ModelConfig or a config.json's dict, `options`
+        are those of `LLM`."""
+        return cls(config, seed=seed, **options)
 
     # -- what people call ----------------------------------------------------------------------------------
 
@@ -181,8 +152,8 @@ class LLM:
             raise ValueError(
                 f"{len(items)} prompts came with {len(params)} SamplingParams; give one for all or one each"
             )
-        ranks = _each(priority, 0, len(items), "priority", int)
-        tenants = _each(tenant, None, len(items), "tenant", str)
+        ranks = each(priority, 0, len(items), "priority", int)
+        tenants = each(tenant, None, len(items), "tenant", str)
         if until is not None and len(until) != len(items):
             raise ValueError(f"{len(items)} prompts came with {len(until)} functions `until`; give one each")
         requests: list[Request] = []
@@ -259,14 +230,14 @@ class LLM:
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], **settings: Any) -> dict[str, Any]:
         """The prompt that `chat` would send: its text and its token ids, with one BOS at most."""
-        tokenizer = self._need_tokenizer("chat")
+        tokenizer = need_tokenizer(self.tokenizer, "chat")
         template = settings.pop("chat_template", None)
         text = chat.apply(tokenizer, list(messages), template=template, **settings)
         return {"prompt": text, "prompt_token_ids": chat.encode_chat(tokenizer, text)}
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Text as it is written: iterate with `for` or `async for`; `.output` is the RequestOutput so far."""
-        self._need_tokenizer("stream")
+        need_tokenizer(self.tokenizer, "stream")
         params = sampling_params or SamplingParams()
         if params.n != 1:
             raise ValueError(f"stream writes one text, but n={params.n}; use generate, or n=1")
@@ -377,13 +348,6 @@ class LLM:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{what} works on text, but this LLM has no tokenizer; pass token ids to generate"
-            )
-        return self.tokenizer
-
     def _submit(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Queue one prompt; ValueError when it can never run, `QueueFull` when it can later."""
         request = self._request(prompt, params)
@@ -395,8 +359,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams, priority: int = 0, tenant: str | None = None
     ) -> Request:
         text, ids = self.tokens(prompt)
-        salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
-        return self._new_request(text, ids, params, salt, priority, tenant)
+        return self._new_request(text, ids, params, salt_of(prompt), priority, tenant)
 
     def enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams, *, cache_salt: str | None = None,
@@ -433,26 +396,7 @@ class LLM:
 
     def tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text (None when it came as token ids) and token ids; safe to call from any thread."""
-        if isinstance(prompt, dict):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-            if unknown or not set(prompt) - {"cache_salt"}:
-                raise ValueError(
-                    f"a prompt dict holds 'prompt' (text) or 'prompt_token_ids', and a 'cache_salt' if need be; "
-                    f"got keys {sorted(map(str, prompt))}"
-                )
-            if not isinstance(prompt.get("cache_salt"), str | None):
-                raise ValueError(f"cache_salt={prompt['cache_salt']!r} must be a string")
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), self.tokens(prompt["prompt_token_ids"])[1]
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            return prompt, self._need_tokenizer("a text prompt").encode(prompt)
-        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
-            raise ValueError(f"a prompt is a string or a list of token ids (int); got {str(prompt)[:80]}")
-        ids: list[Any] = list(prompt)
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise ValueError(f"a prompt is a string or a list of token ids (int); got {str(ids)[:80]}")
-        return None, ids
+        return encode_prompt(prompt, self.tokenizer)
 
     def _run(self, requests: list[Request], alone: bool, use_tqdm: bool | None) -> list[RequestOutput]:
         """Queue as room appears, drive until all are done, and return the outputs in order. An interrupt ends the
@@ -499,25 +443,6 @@ class LLM:
             for request in requests:
                 request.cancelled = True  # also if it is held back still
                 self.engine.abort(request)
-
-
-def is_prompt(prompts: Any) -> bool:
-    """True for one prompt: a string, a dict, or a flat list of token ids."""
-    if isinstance(prompts, str | bytes | dict):
-        return True
-    return bool(prompts) and all(isinstance(item, int) for item in prompts)
-
-
-def _each(given: Any, default: Any, count: int, name: str, kind: type) -> list[Any]:
-    """One value for each of `count` prompts, from one for all or a list."""
-    if given is None or isinstance(given, kind):
-        return [default if given is None else given] * count
-    values = list(given)
-    if len(values) != count or not all(isinstance(value, kind) for value in values):
-        raise ValueError(
-            f"{name}={str(values)[:80]} does not fit {count} prompts: give one {kind.__name__} for all or one each"
-        )
-    return values
 
 
 def _derive_seed(seed: int, index: int) -> int:

@@ -155,7 +155,7 @@ def disturbed(grid: Grid, drawn: list[Drawn], draw: random.Random) -> Served:
 def crowd(config: ModelConfig, seats: int = 256) -> Grid:
     """Programs of one decode width and one chunk size for many seats; the weights are those of seed 0."""
     numerics = Numerics()
-    build = Build(None, seats, 2 * seats, None, 16, 0, True)
+    build = Build(max_num_seqs=seats, max_num_batched_tokens=2 * seats, page_size=16, strict=True)
     config, engine = build_engine(config, numerics, random_params(config, numerics, 0), None, build)
     engine.programs.plan = BucketPlan(seats, (seats,), (2 * seats,), engine.programs.plan.prompt_rows)
     engine.programs.compile(progress=False)

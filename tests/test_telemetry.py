@@ -119,7 +119,7 @@ def test_a_late_host_is_seen(tmp_path):
 def uncompiled(shape: str):
     """A model's programs, which nobody runs."""
     config, numerics = ALL[shape](), choose_numerics(None, "float32")
-    sizes = Build(None, 4, 64, None, 16, 0, False)
+    sizes = Build(max_num_seqs=4, max_num_batched_tokens=64, page_size=16)
     return build_engine(config, numerics, random_params(config, numerics, 0), None, sizes)[1].programs
 
 

@@ -13,8 +13,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..llm import LLM, Prompt, is_prompt
+from ..llm import LLM
 from ..outputs import CompletionOutput, RequestOutput
+from ..prompts import Prompt, is_prompt
 from ..request import Sample
 from ..sampling.params import SamplingParams
 
