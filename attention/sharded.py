@@ -17,11 +17,15 @@ from .ops import AttentionSpec, Backend, Layout, PagedView, Tree
 
 @dataclass(frozen=True)
 class Sharded:
-    """`backend` on `mesh`, query and KV heads (pages [M,Hkv,...]) split over mesh axis `axis`."""
+    """`backend` on `mesh`, query and KV heads (pages [M,Hkv,...]) split over mesh axis `axis`.
+
+    `rep`: a second mesh axis, over which the query heads of each KV head are split further and its pages repeated.
+    """
 
     backend: Backend
     mesh: Mesh
     axis: str
+    rep: str | None = None
 
     def layout(self, head_dim: int) -> Layout:
         return self.backend.layout(head_dim)
@@ -56,7 +60,12 @@ class Sharded:
             raise NotImplementedError(
                 f"{view.kv_heads} KV heads do not split over {devices} devices of axis {self.axis!r}"
             )
-        heads = PartitionSpec(*(None,) * before, self.axis)
+        if self.rep is not None and view.kv_heads != devices:
+            raise NotImplementedError(
+                f"KV heads are repeated over axis {self.rep!r} only where each device of {self.axis!r} has one of "
+                f"them; there are {view.kv_heads} on {devices}"
+            )
+        heads = PartitionSpec(*(None,) * before, self.axis if self.rep is None else (self.axis, self.rep))
         # Pages and scales have their heads second; tables and lengths are whole.
         paged = jax.tree.map(
             lambda x: PartitionSpec(None, self.axis) if x.ndim > 2 else PartitionSpec(), view

@@ -156,6 +156,12 @@ class ModelConfig:
         """True when any layer keeps a recurrent (FIXED) state."""
         return any(isinstance(block.mixer, Mamba2Config) for block in self.blocks)
 
+    @property
+    def attention_heads(self) -> frozenset[tuple[int, int]]:
+        """(query heads, KV heads) of each kind of attention layer."""
+        mixers = (block.mixer for block in self.blocks)
+        return frozenset((m.heads, m.kv_heads) for m in mixers if isinstance(m, AttentionConfig))
+
 
 def llama_config(
     *,

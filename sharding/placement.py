@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,43 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..attention.ops import Backend
 from ..attention.sharded import Sharded
-from .plan import TENSOR, Plan
+from .plan import GROUPED, TENSOR, Plan, mesh_axes
+
+Heads = Collection[tuple[int, int]]
+"""(query heads, KV heads) of each kind of attention layer in a model."""
+
+
+def split_heads(size: int, heads: Heads) -> tuple[int, int] | None:
+    """How `size` devices share attention heads: (shares of the KV heads, devices that repeat each share).
+
+    With fewer KV heads than devices every device has one KV head and a part of its query heads. None where heads do
+    not come out whole.
+    """
+    if all(query % size == 0 and kv % size == 0 for query, kv in heads):
+        return size, 1
+    counts = {kv for _, kv in heads}
+    shares = counts.pop() if len(counts) == 1 else 0
+    if shares and size % shares == 0 and all(query % size == 0 for query, _ in heads):
+        return shares, size // shares
+    return None
+
+
+def possible_sizes(heads: Heads, limit: int) -> list[int]:
+    """The numbers of devices up to `limit` over which these heads split."""
+    return [size for size in range(1, limit + 1) if split_heads(size, heads) is not None]
+
+
+def needs_split(size: int, heads: Heads, limit: int) -> tuple[int, int]:
+    """`split_heads`, or ValueError with the nearest sizes (up to `limit` devices) that work."""
+    found = split_heads(size, heads)
+    if found is None:
+        near = sorted(possible_sizes(heads, limit), key=lambda other: (abs(other - size), -other))[:3]
+        shown = " and ".join(f"{query} query heads with {kv} KV heads" for query, kv in sorted(set(heads)))
+        raise ValueError(
+            f"tensor_parallel_size={size} splits neither the model's KV heads nor whole groups of queries: it has "
+            f"{shown}; the nearest sizes that do are {', '.join(map(str, near))}"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -23,8 +61,8 @@ class Placement:
     mesh: Mesh
 
     @staticmethod
-    def tensor(size: int) -> Placement:
-        """Heads, KV heads, MLP and vocabulary split over the first `size` devices."""
+    def tensor(size: int, heads: Heads = ()) -> Placement:
+        """Heads, MLP and vocabulary split over the first `size` devices, KV heads as far as they go."""
         devices = jax.devices()
         if size > len(devices):
             hint = " (on CPU: JAX_NUM_CPU_DEVICES=n in the environment)"
@@ -32,11 +70,24 @@ class Placement:
                 f"tensor_parallel_size={size}, but there are {len(devices)} {devices[0].platform} devices; lower it, "
                 f"or start with more devices{hint if devices[0].platform == 'cpu' else ''}"
             )
-        return Placement(TENSOR, Mesh(np.array(devices[:size]), ("tensor",)))
+        return Placement.over(devices[:size], needs_split(size, heads, len(devices)))
+
+    @staticmethod
+    def over(devices: Sequence[Any], split: tuple[int, int]) -> Placement:
+        """The tensor plan over these devices, also compile-only ones, with `split` from `split_heads`."""
+        if split[1] == 1:
+            return Placement(TENSOR, Mesh(np.array(devices), ("tensor",)))
+        return Placement(GROUPED, Mesh(np.array(devices).reshape(split), ("kv", "rep")))
 
     @property
     def whole(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def kv_shards(self) -> int:
+        """Into how many parts keys and values are cut."""
+        target = dict(self.plan.table).get("kv_heads")
+        return math.prod(self.mesh.shape[axis] for axis in mesh_axes(target))
 
     def params(self, graphdef: nnx.GraphDef, specs: Any) -> Any:
         """The sharding of each parameter, from specs of the same tree."""
@@ -48,5 +99,7 @@ class Placement:
 
     def backends(self, backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
         """Attention back ends that run on every device with its own heads."""
-        axis = dict(self.plan.table)["kv_heads"]
-        return tuple(Sharded(backend, self.mesh, axis) for backend in backends)
+        table = dict(self.plan.table)
+        (axis,) = mesh_axes(table["kv_heads"])
+        rep = next((name for name in mesh_axes(table["heads"]) if name != axis), None)
+        return tuple(Sharded(backend, self.mesh, axis, rep) for backend in backends)

@@ -6,6 +6,7 @@ mesh axes, and everything else follows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +20,21 @@ from ..attention.caches.paged import PagedKV
 
 LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "layers")
 
+Target = str | tuple[str, ...]
+"""A mesh axis, or several that split one dimension together, the first of them slowest."""
+
+
+def mesh_axes(target: Target | None) -> tuple[str, ...]:
+    """The mesh axes of a target; none for None."""
+    return () if target is None else (target,) if isinstance(target, str) else target
+
 
 @dataclass(frozen=True)
 class Plan:
     """`table` maps logical axes to mesh axes; those that it does not name are replicated."""
 
     name: str
-    table: tuple[tuple[str, str], ...]
+    table: tuple[tuple[str, Target], ...]
 
     def __post_init__(self) -> None:
         unknown = [logical for logical, _ in self.table if logical not in LOGICAL]
@@ -41,21 +50,22 @@ class Plan:
         `embed`); a dimension that its mesh axis does not divide is an error.
         """
         table, used = dict(self.table), set()
-        parts: list[str | None] = [None] * (len(shape) - len(axes))
+        parts: list[Target | None] = [None] * (len(shape) - len(axes))
         for name, size in zip(axes, shape[len(parts) :]):
             target = table.get(name) if name is not None else None
-            if target in used:
+            taken = mesh_axes(target)
+            chips = math.prod(mesh.shape[axis] for axis in taken)
+            if used.intersection(taken):
                 raise ValueError(
                     f"plan {self.name!r} maps two dimensions of {axes} to mesh axis {target!r}; map one of them "
                     f"to another axis"
                 )
-            if target is not None and size % mesh.shape[target]:
+            if size % chips:
                 raise ValueError(
-                    f"plan {self.name!r} splits {name!r} over {mesh.shape[target]} chips, but its size is {size}; "
+                    f"plan {self.name!r} splits {name!r} over {chips} chips, but its size is {size}; "
                     f"use a mesh axis whose size divides {size}"
                 )
-            if target is not None:
-                used.add(target)
+            used.update(taken)
             parts.append(target)
         return PartitionSpec(*parts)
 
@@ -93,3 +103,9 @@ TENSOR = Plan(
     "tensor",
     (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor")),
 )
+GROUPED = Plan(
+    "tensor",
+    (("heads", ("kv", "rep")), ("kv_heads", "kv"), ("mlp", ("kv", "rep")), ("vocab", ("kv", "rep"))),
+)
+"""Tensor parallelism over more devices than KV heads: `rep` devices share the query heads of one KV head, and each
+keeps that head's keys and values."""

@@ -43,8 +43,8 @@ for shape, size, more in CASES:
 
 
 def test_split_models_equal_whole_ones():
-    """KV heads split, and, where devices are more than KV heads, repeated: 1 x 4, 2 x 2 and 2 x 4 devices."""
-    cases = [("experts", 2, {}), ("windowed", 4, {}), ("hybrid", 4, {}), ("grouped", 8, {})]
+    """KV heads split, and, where devices are more than KV heads, repeated: 2 x 2 and 2 x 4 devices."""
+    cases = [("experts", 2, {}), ("hybrid", 4, {}), ("grouped", 8, {})]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     code = SPLIT.replace("CASES", repr(cases))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -68,5 +68,7 @@ def test_heads_split_whole_or_in_groups():
     # Layers with different KV heads split where all do, and are never repeated.
     assert split_heads(2, {(8, 4), (8, 2)}) == (2, 1) and split_heads(4, {(8, 4), (8, 2)}) is None
     assert possible_sizes({(12, 6)}, 16) == [1, 2, 3, 6, 12]
-    with pytest.raises(ValueError, match=r"12 query heads with 6 KV heads; the nearest sizes that do are 6, 3, 2"):
+    with pytest.raises(
+        ValueError, match=r"12 query heads with 6 KV heads; the nearest sizes that do are 6, 3, 2"
+    ):
         needs_split(5, {(12, 6)}, 8)
