@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .model.transforms.fp8 import Fp8
+    from .model.transforms.int4 import Int4
+    from .model.transforms.int8 import Int8
     from .serve.bounds import QueueFull
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
@@ -44,6 +47,9 @@ _HOMES = {
     "BestOfN": "serve.search.best_of_n",
     "FirstFinish": "serve.search.first_finish",
     "MajorityVote": "serve.search.majority_vote",
+    "Int8": "model.transforms.int8",
+    "Int4": "model.transforms.int4",
+    "Fp8": "model.transforms.fp8",
 }
 
 __version__ = "0.1.0"
@@ -55,6 +61,9 @@ __all__ = [
     "CompletionOutput",
     "Fair",
     "FirstFinish",
+    "Fp8",
+    "Int4",
+    "Int8",
     "MajorityVote",
     "PrefillFirst",
     "Priority",

@@ -11,6 +11,32 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class QuantConfig:
+    """How the weights of some linear layers are stored (`model/quantised.py`): 8 bits with a scale an output
+    channel, or 4 bits with a scale and a zero point for each `group_size` inputs of a channel.
+
+    activations: "int8" rounds inputs to 8 bits too, with a scale a row; None leaves them.
+    """
+
+    format: Literal["int8", "fp8", "int4"] = "int8"
+    group_size: int | None = None
+    activations: Literal["int8"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.format == "int4") != (self.group_size is not None):
+            raise ValueError(
+                f"format {self.format!r} with group_size={self.group_size}: int4 has groups (64, say), int8 and fp8 "
+                f"have a scale an output channel (group_size=None)"
+            )
+        if self.group_size is not None and (self.group_size < 2 or self.group_size % 2):
+            raise ValueError(f"group_size={self.group_size} must be even: two codes share a byte")
+        if self.activations is not None and self.format != "int8":
+            raise ValueError(
+                f"activations={self.activations!r} need int8 weights, not {self.format}; leave activations=None"
+            )
+
+
+@dataclass(frozen=True)
 class NormConfig:
     """A normalisation over the last axis. `offset` is added to the stored weight (Gemma stores weight - 1)."""
 
@@ -113,6 +139,7 @@ class BlockConfig:
     - "after":    x = norm1(x + mix(x));      x = norm2(x + channel(x))        (OPT-350m)
 
     A block without a channel mixer (Mamba-2) has only the first half. `norm` None means no norms at all.
+    mixer_weights and channel_weights: how the linear layers of either part are stored; None: as numbers.
     """
 
     mixer: AttentionConfig | Mamba2Config
@@ -120,6 +147,8 @@ class BlockConfig:
     norm: NormConfig = field(default_factory=NormConfig)
     wiring: Literal["pre", "post", "sandwich", "parallel", "after"] = "pre"
     residual_scale: float = 1.0
+    mixer_weights: QuantConfig | None = None
+    channel_weights: QuantConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +157,8 @@ class ModelConfig:
 
     hidden_size is E, vocab_size V. `embed_size` differs from E where the checkpoint projects in and out
     (OPT-350m). `learned_positions` is (rows, offset) of a position table. `max_position` is the longest
-    sequence that the checkpoint was made for, in tokens.
+    sequence that the checkpoint was made for, in tokens. embedding_weights and head_weights say how the token table
+    (the head's too when they are tied) and the output head are stored; None: as numbers.
     """
 
     model_type: str
@@ -146,10 +176,18 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    embedding_weights: QuantConfig | None = None
+    head_weights: QuantConfig | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def quantised(self) -> bool:
+        """True when any weight is stored in few bits."""
+        blocks = [block.mixer_weights or block.channel_weights for block in self.blocks]
+        return any((*blocks, self.embedding_weights, self.head_weights))
 
     @property
     def recurrent(self) -> bool:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -37,11 +38,13 @@ class Block(nnx.Module):
     def __init__(self, config: BlockConfig, hidden: int, *, numerics: Numerics, rngs: nnx.Rngs):
         self.config = config
         kinds: dict[str, Any] = dict(numerics=numerics, rngs=rngs)
+        stored = replace(numerics, weights=config.mixer_weights)
         if isinstance(config.mixer, AttentionConfig):
-            self.mixer = Attention(config.mixer, hidden, **kinds)
+            self.mixer = Attention(config.mixer, hidden, numerics=stored, rngs=rngs)
         else:
-            self.mixer = Mamba2(config.mixer, hidden, **kinds)
-        self.channel = _channel(config.channel, hidden, **kinds)
+            self.mixer = Mamba2(config.mixer, hidden, numerics=stored, rngs=rngs)
+        stored = replace(numerics, weights=config.channel_weights)
+        self.channel = _channel(config.channel, hidden, numerics=stored, rngs=rngs)
         norms = {"sandwich": 4}.get(config.wiring, 2) if self.channel is not None else 1
         self.norms = nnx.List([Norm(hidden, config.norm, **kinds) for _ in range(norms)])
 
@@ -87,7 +90,8 @@ class Decoder(nnx.Module):
         E, V = config.hidden_size, config.vocab_size
         size = config.embed_size or E
         kinds: dict[str, Any] = dict(numerics=numerics, rngs=rngs)
-        self.embedding = Embedding(V, size, axes=("vocab", "embed"), **kinds)
+        stored = replace(numerics, weights=config.embedding_weights)
+        self.embedding = Embedding(V, size, axes=("vocab", "embed"), numerics=stored, rngs=rngs)
         learned = config.learned_positions
         self.positions = Embedding(learned[0], E, axes=(None, "embed"), **kinds) if learned else None
         self.project_in = Linear(size, E, (None, None), **kinds) if size != E else None
@@ -95,7 +99,9 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([Block(block, E, **kinds) for block in config.blocks[:period]])
         self.final_norm = None if config.final_norm is None else Norm(E, config.final_norm, **kinds)
         tie, bias = config.tie_embeddings, config.head_bias
-        self.lm_head = None if tie else Linear(size, V, ("vocab", "embed"), bias=bias, **kinds)
+        stored = replace(numerics, weights=config.head_weights)
+        make: dict[str, Any] = dict(bias=bias, numerics=stored, rngs=rngs)
+        self.lm_head = None if tie else Linear(size, V, ("vocab", "embed"), **make)
 
     @property
     def num_layers(self) -> int:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .config import NormConfig
+from .config import NormConfig, QuantConfig
 from .matmul import matmul
+from .quantised import QuantisedWeight
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -31,11 +32,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 @dataclass(frozen=True)
 class Numerics:
     """How a model is stored and computed: parameter dtype, activation dtype, and the
-    platform that it is compiled for ("cpu", "gpu", "tpu"): the target's, never that of the machine at hand."""
+    platform that it is compiled for ("cpu", "gpu", "tpu"): the target's, never that of the machine at hand.
+    `weights` is how linear layers are stored where that is not in `param_dtype`; the config says it for each part."""
 
     param_dtype: jnp.dtype = jnp.dtype("float32")
     dtype: jnp.dtype = jnp.dtype("float32")
     platform: str = "cpu"
+    weights: QuantConfig | None = None
 
 
 def param(
@@ -48,6 +51,22 @@ def param(
     else:
         value = jnp.full(shape, -scale, dtype)
     return nnx.Param(value, axes=axes)
+
+
+def matrix(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], numerics: Numerics, scale: float
+) -> nnx.Param | QuantisedWeight:
+    """The weight of a product, [..., out, in], stored as `numerics` says: normal, or zeros where it is quantised."""
+    if numerics.weights is None:
+        return param(rngs, shape, axes, numerics, scale)
+    return QuantisedWeight(shape, axes, numerics.weights, numerics.platform)
+
+
+def times(x: jax.Array, weight: nnx.Param | QuantisedWeight, platform: str) -> jax.Array:
+    """x [..., in] @ weight.T -> [..., out]."""
+    if isinstance(weight, QuantisedWeight):
+        return weight.product(x)
+    return matmul(x, weight[...], platform)
 
 
 class Linear(nnx.Module):
@@ -65,11 +84,11 @@ class Linear(nnx.Module):
         scale: float | None = None,
     ):
         self.platform = numerics.platform
-        self.weight = param(rngs, (outputs, inputs), axes, numerics, scale or inputs**-0.5)
+        self.weight = matrix(rngs, (outputs, inputs), axes, numerics, scale or inputs**-0.5)
         self.bias = param(rngs, (outputs,), (axes[0],), numerics, 0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.weight[...], self.platform)
+        y = times(x, self.weight, self.platform)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -101,10 +120,12 @@ class Embedding(nnx.Module):
         self, rows: int, size: int, *, numerics: Numerics, rngs: nnx.Rngs, axes: tuple[str | None, str | None]
     ):
         self.numerics = numerics
-        self.weight = param(rngs, (rows, size), axes, numerics, 0.02)
+        self.weight = matrix(rngs, (rows, size), axes, numerics, 0.02)
 
     def __call__(self, index: jax.Array) -> jax.Array:
+        if isinstance(self.weight, QuantisedWeight):
+            return self.weight.rows(index, self.numerics.dtype)
         return self.weight[...][index].astype(self.numerics.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self.weight[...], self.numerics.platform)
+        return times(x, self.weight, self.numerics.platform)

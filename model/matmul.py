@@ -11,6 +11,8 @@ XLA's CPU compiler maps equal products onto very different code, and the form de
   where the weights themselves were rounded to 2^-9.
 - One row needs neither: converted weights are multiplied and summed in one fused loop that reads half the bytes.
   Which of two spellings becomes that loop depends on the compiler, so it is tried out (`fused_is_faster`).
+- 8-bit integers are a library call too when both sides are i8 and the weights stand first. One row of them goes
+  through the fused loop in float32, where sums of up to 2^24 are exact.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 PARTS = 2
 WEIGHTS_FIRST = 128
@@ -36,15 +39,15 @@ def matmul(x: jax.Array, w: jax.Array, platform: str) -> jax.Array:
         return (_one_row(flat, w) if rows == 1 else _split(flat, w)).reshape(shape)
     w = w.astype(x.dtype)
     if platform == "cpu" and 1 < rows <= WEIGHTS_FIRST:
-        return _weights_first(flat, w).T.reshape(shape)
+        return weights_first(flat, w).T.reshape(shape)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, w, contract).astype(x.dtype)
 
 
-def _weights_first(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [N,in], w [out,in] of one dtype -> f32[out,N]: the caller's transposition is cheap."""
+def weights_first(x: jax.Array, w: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """x [N,in], w [out,in] of one dtype -> [out,N] summed in `dtype`: the caller's transposition is cheap."""
     contract = (((1,), (1,)), ((), ()))
-    y = jax.lax.dot_general(w, x, contract, preferred_element_type=jnp.float32)
+    y = jax.lax.dot_general(w, x, contract, preferred_element_type=dtype)
     # Without the barrier the compiler swaps the operands back to spare the transposition.
     return jax.lax.optimization_barrier(y)
 
@@ -59,17 +62,18 @@ def _split(x: jax.Array, w: jax.Array) -> jax.Array:
         part = rest.astype(jnp.bfloat16)
         parts.append(part)
         rest = rest - part.astype(jnp.float32)
-    y = _weights_first(jnp.concatenate(parts), w)
+    y = weights_first(jnp.concatenate(parts), w)
     return y.reshape(w.shape[0], PARTS, x.shape[0]).sum(1).T
 
 
 def _one_row(x: jax.Array, w: jax.Array) -> jax.Array:
     """x f32[1,in], w bf16[out,in] -> f32[1,out]."""
     large = w.size >= SHARED_LOOP
-    return _fused(x, w) if large and fused_is_faster() else _reduced(x, w)
+    return fused_product(x, w) if large and fused_is_faster("bfloat16") else _reduced(x, w)
 
 
-def _fused(x: jax.Array, w: jax.Array) -> jax.Array:
+def fused_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x f32[1,in], w [out,in] of any dtype -> f32[1,out], widened while it is read."""
     # The barriers keep neighbours out of the loop, which would compute them once a column.
     return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x) @ w.astype(jnp.float32).T)
 
@@ -78,13 +82,41 @@ def _reduced(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier((w.astype(jnp.float32) * x).sum(-1))[None]
 
 
+def integer_product(x: jax.Array, codes: jax.Array, platform: str) -> jax.Array:
+    """x f32[N,in] and codes i8[out,in], whole numbers of 8 bits -> x @ codes.T as f32[N,out]."""
+    if platform != "cpu":
+        contract = (((1,), (1,)), ((), ()))
+        small = x.astype(jnp.int8)
+        return jax.lax.dot_general(small, codes, contract, preferred_element_type=jnp.int32).astype(
+            jnp.float32
+        )
+    if x.shape[0] == 1 and fused_is_faster("int8"):
+        return fused_product(x, codes)
+    return _integers(x, codes)
+
+
+def _integers(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """The integer product of any number of rows on CPU; the library takes two or more."""
+    rows = x.shape[0]
+    padded = jnp.pad(x, ((0, 1 if rows == 1 else 0), (0, 0))).astype(jnp.int8)
+    return weights_first(padded, codes, jnp.int32).T[:rows].astype(jnp.float32)
+
+
+def try_forms(params: object) -> None:
+    """Try out, now, what depends on the compiler for these weights: while programs compile in threads, times mean
+    nothing."""
+    for dtype in {leaf.dtype.name for leaf in jax.tree.leaves(params)} & {"bfloat16", "int8"}:
+        fused_is_faster(dtype)
+
+
 @cache
-def fused_is_faster() -> bool:
-    """Whether this compiler makes the fused loop of `_fused`: both spellings timed on 16 MB of weights."""
+def fused_is_faster(dtype: str = "bfloat16") -> bool:
+    """Whether this compiler makes one loop of `fused_product` for weights of a dtype ("bfloat16", "int8"): timed on
+    8 million of them beside the other form for one row."""
     with jax.ensure_compile_time_eval():
         device = jax.devices("cpu")[0]
         x = jax.device_put(jnp.ones((1, 2048), jnp.float32), device)
-        w = jax.device_put(jnp.ones((4096, 2048), jnp.bfloat16), device)
+        w = jax.device_put(jnp.ones((4096, 2048), dtype), device)
 
         def best(form) -> float:
             run, times = jax.jit(form), []
@@ -95,4 +127,4 @@ def fused_is_faster() -> bool:
                 times.append(time.perf_counter() - start)
             return min(times)
 
-        return best(_fused) < best(_reduced)
+        return best(fused_product) < best(_integers if dtype == "int8" else _reduced)

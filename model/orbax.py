@@ -28,6 +28,7 @@ FORMAT = 1
 CLASSES = {
     cls.__name__: cls
     for cls in (
+        configs.QuantConfig,
         configs.NormConfig,
         configs.RopeConfig,
         configs.AttentionConfig,

@@ -86,6 +86,10 @@ def _random_rest(config: ModelConfig, numerics: Numerics, key: jax.Array) -> dic
 
 def random_params(config: ModelConfig, numerics: Numerics = Numerics(), seed: int = 0) -> dict:
     """Params of random weights; equal blocks share one compiled initialiser, so deep models start fast."""
+    if config.quantised:
+        raise ValueError(
+            "this config describes quantised weights, which are not drawn; draw the original model and transform it"
+        )
     key = jax.random.key(seed, impl="rbg")
     params = _random_rest(config, numerics, jax.random.fold_in(key, 0))
     params["blocks"] = {

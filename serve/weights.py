@@ -22,20 +22,28 @@ from ..model.config import ModelConfig
 from ..model.layers import Numerics
 from ..model.params import flatten, some
 from ..model.stacked import parts, stack
+from ..model.transforms.quantisation import plain_config
 from .build import with_length
 from .programs import Programs
+from .transformed import Read, Transforms, original_shapes
 
 Weights = nnx.Module | nnx.State | Mapping[Any, Any] | str | Path
-Read = Callable[[jax.sharding.Sharding | None], Any]
 # What two checkpoints of one model may say differently.
 LABELS = ("model_type", "bos_token_id", "eos_token_ids", "dtype", "max_position")
 
 
-def plan_swap(programs: Programs, config: ModelConfig, length: int, source: Weights) -> Callable[[], None]:
+def plan_swap(
+    programs: Programs,
+    config: ModelConfig,
+    length: int,
+    source: Weights,
+    transforms: Transforms = Transforms(),
+) -> Callable[[], None]:
     """A function that puts `source` in the place of the engine's weights; ValueError when it does not fit.
 
     source: an NNX module (a `model.decoder.Decoder`), its state, a pure dict of parameters, or a checkpoint's
-    folder. Arrays are copied, so a trainer may go on to donate its own. `length` is max_model_len.
+    folder. Arrays are copied, so a trainer may go on to donate its own. `length` is max_model_len. The weights of
+    the original model pass through the `transforms` that made the engine's.
     """
     held = flatten(programs.params)
     groups = {path: _group(programs, config, path) for path in held}
@@ -45,12 +53,21 @@ def plan_swap(programs: Programs, config: ModelConfig, length: int, source: Weig
         for name in names
     }
     if isinstance(source, str | Path):
-        read = _folder(Path(source), config, length, next(iter(held.values())).dtype)
+        read, original = _folder(Path(source), config, length, _dtype(held))
     else:
         leaves = _leaves(source)
-        _check(leaves, shapes)
+        original = config.quantised and not any(name.endswith(".codes") for name in leaves)
+        _check(leaves, original_shapes(config) if original else shapes)
         read = {name: partial(_given, leaf) for name, leaf in leaves.items()}
+    if original:
+        read = transforms.readers(config, read)
     return partial(_swap, programs, {path: [read[name] for name in names] for path, names in groups.items()})
+
+
+def _dtype(held: Mapping[str, jax.Array]) -> jnp.dtype:
+    """The dtype of the parameters that are stored as numbers: norms are, whatever else is quantised."""
+    paths = [path for path in held if not path.endswith((".codes", ".scales", ".zeros"))]
+    return next(held[path].dtype for path in paths)
 
 
 def _stacked(programs: Programs, path: str) -> bool:
@@ -96,7 +113,7 @@ def _check(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
             problems.append(f"{name} is a {type(leaf).__name__}, not an array")
         elif leaf.shape != shapes[name]:
             problems.append(f"{name} has the shape {leaf.shape}, the running model's has {shapes[name]}")
-        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+        elif not (jnp.issubdtype(leaf.dtype, jnp.floating) or name.endswith((".codes", ".zeros"))):
             problems.append(f"{name} holds {leaf.dtype}, not floating-point numbers")
         elif isinstance(leaf, jax.Array) and leaf.is_deleted():
             problems.append(f"{name} was deleted (donated to a step of training, perhaps)")
@@ -107,17 +124,20 @@ def _check(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
         )
 
 
-def _folder(folder: Path, config: ModelConfig, length: int, dtype: Any) -> dict[str, Read]:
-    """A checkpoint's parameters, each read when it is placed; its config must describe the running model."""
+def _folder(folder: Path, config: ModelConfig, length: int, dtype: jnp.dtype) -> tuple[dict[str, Read], bool]:
+    """A checkpoint's parameters, each read when it is placed, and whether they are those of the original model, not
+    of the quantised one; its config must describe either."""
     stored = checkpoint.load_config(folder)[1]
     same = replace(with_length(stored, length), **{name: getattr(config, name) for name in LABELS})
+    original = config.quantised and not same.quantised
+    config = plain_config(config) if original else config
     if same != config:
         differing = [f.name for f in fields(config) if getattr(same, f.name) != getattr(config, f.name)]
         raise ValueError(
             f"{folder} holds another model, and nothing was changed: its config differs from that of the running "
             f"one in {', '.join(differing)}; open it with LLM({str(folder)!r}) instead"
         )
-    return dict(checkpoint.readers(folder, stored, Numerics(jnp.dtype(dtype), jnp.dtype(dtype))))
+    return dict(checkpoint.readers(folder, stored, Numerics(dtype, dtype))), original
 
 
 def _swap(programs: Programs, groups: Mapping[str, list[Read]]) -> None:

@@ -28,7 +28,7 @@ def test_products_are_those_of_float64(shape, dtype, spread):
     assert error < (96 * 2.0**-24 if dtype == "float32" else 2.0**-17)
 
 
-@pytest.mark.parametrize("form", [forms._fused, forms._reduced], ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", [forms.fused_product, forms._reduced], ids=lambda form: form.__name__)
 def test_both_spellings_of_one_row(form):
     draw = np.random.default_rng(1)
     x = draw.standard_normal((1, 96)).astype(np.float32)
@@ -41,7 +41,7 @@ def test_one_bfloat16_part_would_not_do():
     draw = np.random.default_rng(0)
     x = draw.standard_normal((7, 96)).astype(np.float32)
     w = jnp.asarray(draw.standard_normal((40, 96), np.float32)).astype(jnp.bfloat16)
-    assert _error(lambda x, w: forms._weights_first(x.astype(jnp.bfloat16), w).T, x, w) > 2.0**-14
+    assert _error(lambda x, w: forms.weights_first(x.astype(jnp.bfloat16), w).T, x, w) > 2.0**-14
 
 
 def test_a_model_stored_in_bfloat16_computes_in_float32():
