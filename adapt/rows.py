@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ..attention.batch import Batch
 from ..attention.ops import NEG_INF, AttentionSpec
+from ..attention.rotary import Rotate, unrotated
 
 QUERY_BLOCK = 256
 
@@ -26,8 +27,9 @@ class TrainingRows:
     """Attention inside each of B fresh rows of q tokens (`attention.batch.rectangle`); remembers nothing."""
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec
-    ) -> tuple[jax.Array, TrainingRows]:
+        self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec,
+        rotate: Rotate = unrotated,
+    ) -> tuple[jax.Array, TrainingRows]:  # fmt: skip
         """q [T,Hq,D], k and v [T,Hkv,D] -> (out [T,Hq,D], self). Causal attention only."""
         B, n = batch.shape.B, batch.shape.q
         if batch.shape.R or not spec.causal:
@@ -35,6 +37,7 @@ class TrainingRows:
                 f"TrainingRows attends causally inside fresh rows; got {batch.shape.R} prompt rows and "
                 f"causal={spec.causal}; use attention.caches.Uncached for rows that see both ways"
             )
+        q, k = rotate(q, batch.positions), rotate(k, batch.positions)
         (heads, dim), kv_heads = q.shape[1:], k.shape[1]
         group = heads // kv_heads
         q = (q * spec.scale).reshape(B, n, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)

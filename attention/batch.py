@@ -48,7 +48,7 @@ class Shape:
     jax.tree_util.register_dataclass,
     data_fields=[
         "tokens", "positions", "pages", "slots", "rows", "valid", "page_table", "lengths", "starts",
-        "query_starts", "seats",
+        "query_starts", "seats", "ends", "ancestors",
     ],
     meta_fields=["shape"],
 )  # fmt: skip
@@ -66,6 +66,9 @@ class Batch:
     starts        i32[B+R]    tokens of each row before this step (0: the row begins here)
     query_starts  i32[R+1]    where each prompt row begins in the prompt part, in 0..C
     seats         i32[B+R]    the slot that holds each row's fixed-size state; idle rows use the padding seat
+    ends          bool[B+R]   True where a row's last token is followed by sampling: a prompt is complete with it
+    ancestors     bool[B,q,q] where the rectangular rows are draft trees: which slots each slot sees (itself and its
+                              ancestors); slots lie one behind the other, positions follow depth. None: chains
     """
 
     shape: Shape
@@ -80,6 +83,8 @@ class Batch:
     starts: jax.Array
     query_starts: jax.Array
     seats: jax.Array
+    ends: jax.Array
+    ancestors: jax.Array | None = None
 
     @property
     def last_tokens(self) -> jax.Array:
@@ -99,11 +104,15 @@ def make_batch(
     page_table: jax.Array,
     query_starts: jax.Array,
     seats: jax.Array,
+    ends: jax.Array | None = None,
+    depths: jax.Array | None = None,
+    ancestors: jax.Array | None = None,
 ) -> Batch:
     """Complete a batch from what cannot be derived: token ids, row lengths, pages, prompt starts and seats.
 
     Rectangular rows with length 0 are idle. The prompt rows' tokens lie back to back from `query_starts`;
-    tokens from query_starts[R] on are padding.
+    tokens from query_starts[R] on are padding. `ends` None: every row's text is complete. Draft trees bring depths
+    i32[B,q] and ancestors bool[B,q,q]. What would lie behind a row's table goes to the null page.
     """
     B, q, R, C = shape.B, shape.q, shape.R, shape.C
     counts = jnp.where(lengths[:B] > 0, q, 0)
@@ -118,15 +127,20 @@ def make_batch(
         valid = jnp.concatenate([valid, index < query_starts[R]])
         offset = jnp.concatenate([offset, index - query_starts[row]])
     starts = lengths - counts
-    positions = jnp.where(valid, starts[rows] + offset, 0)
+    places = jnp.where(valid, starts[rows] + offset, 0)
     width = page_table.shape[1]
-    page = page_table[rows, jnp.minimum(positions // page_size, width - 1)] if width else jnp.zeros_like(rows)
+    page = page_table[rows, jnp.minimum(places // page_size, width - 1)] if width else jnp.zeros_like(rows)
+    positions = places
+    if depths is not None:
+        positions = positions.at[: B * q].set(
+            jnp.where(valid[: B * q], starts[rows[: B * q]] + depths.reshape(-1), 0)
+        )
     return Batch(
         shape=shape,
         tokens=tokens,
         positions=positions,
-        pages=jnp.where(valid, page, NULL_PAGE),
-        slots=positions % page_size,
+        pages=jnp.where(valid & (places < width * page_size), page, NULL_PAGE),
+        slots=places % page_size,
         rows=rows,
         valid=valid,
         page_table=page_table,
@@ -134,6 +148,8 @@ def make_batch(
         starts=starts,
         query_starts=query_starts,
         seats=seats,
+        ends=lengths > 0 if ends is None else ends,
+        ancestors=ancestors,
     )
 
 
@@ -177,15 +193,26 @@ def pack(
     return np.concatenate(parts).astype(np.int32, copy=False)
 
 
-def unpack(shape: Shape, width: int, page_size: int, packed: jax.Array, last_token: jax.Array) -> Batch:
-    """The batch of a step from its packed descriptor; rectangular tokens come from `last_token[seats]`."""
+def unpack(
+    shape: Shape,
+    width: int,
+    page_size: int,
+    packed: jax.Array,
+    last_token: jax.Array,
+    length: jax.Array | None = None,
+) -> Batch:
+    """The batch of a step from its packed descriptor; rectangular tokens come from `last_token[seats]`, and so do
+    their rows' lengths from `length`, where it is given (the descriptor then says only which rows are idle)."""
     rows = shape.rows
-    lengths, seats = packed[:rows], packed[rows : 2 * rows]
+    lengths, seats, samples = packed[:rows], packed[rows : 2 * rows], packed[2 * rows : 3 * rows]
     at = (3 + width) * rows
     page_table = packed[3 * rows : at].reshape(rows, width)
     query_starts = packed[at : at + shape.R + 1]
     prompt = packed[at + shape.R + 1 :]
-    tokens = jnp.concatenate([last_token[seats[: shape.B]], prompt])
+    B = shape.B
+    if length is not None:
+        lengths = lengths.at[:B].set(jnp.where(lengths[:B] > 0, length[seats[:B]], 0))
+    tokens = jnp.concatenate([last_token[seats[:B]], prompt])
     return make_batch(
         shape,
         page_size,
@@ -194,4 +221,5 @@ def unpack(shape: Shape, width: int, page_size: int, packed: jax.Array, last_tok
         page_table=page_table,
         query_starts=query_starts,
         seats=seats,
+        ends=samples > 0,
     )

@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from ..attention.backends import backends, named
-from ..attention.caches.paged import PagedKV
-from ..attention.caches.recurrent import RecurrentState
+from ..attention.caches.paged import QUANTISED, Pages
+from ..attention.caches.policy import CachePolicy
 from ..attention.ops import Backend
 from ..model import checkpoint
 from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
-from ..model.matmul import fused_is_faster
+from ..model.matmul import try_forms
 from ..model.stacked import abstract_stacked, period_of, stack
 from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
 from ..pallas_kernels.attention.tuned import tiles_folder
 from ..pallas_kernels.chips import Chip
 from ..sharding.placement import Placement
 from .bounds import Bounds
+from .cache_rules import check_cache, hold, no_prefix_cache
 from .engine import Engine
 from .pages import PageAllocator
 from .policies.policy import Policy
@@ -65,6 +66,7 @@ class Build:
     attention_backend: str | None = None
     kv_cache_dtype: str | None = None
     tensor_parallel_size: int = 1
+    cache: CachePolicy = Pages()
 
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")
@@ -160,16 +162,17 @@ def with_length(config: ModelConfig, length: int) -> ModelConfig:
     return replace(config, blocks=tuple(block(one) for one in config.blocks))
 
 
-def choose_length(config: ModelConfig, asked: int | None) -> int:
-    """max_model_len: what was asked, within what the checkpoint can do."""
+def choose_length(config: ModelConfig, asked: int | None, cache: CachePolicy = Pages()) -> int:
+    """max_model_len: what was asked, within what the checkpoint can do with this cache."""
     longest = config.max_position
     for block in config.blocks:
         rope = block.mixer.rope if isinstance(block.mixer, AttentionConfig) else None
         if rope is not None and rope.scaling == "dynamic":
             longest = max(longest, int(config.max_position * float(dict(rope.parameters)["factor"])))  # type: ignore[arg-type]
-    if asked is not None and asked > longest:
+    if asked is not None and cache.longest(asked) > longest:
+        spans = "" if cache.longest(asked) == asked else f" (of which {cache!r} needs {cache.longest(asked)})"
         raise ValueError(
-            f"max_model_len={asked} exceeds the {longest} positions that this checkpoint was made for; lower "
+            f"max_model_len={asked}{spans} exceeds the {longest} positions that this checkpoint was made for; lower "
             f"it, or use a checkpoint (or a rope scaling in its config.json) made for longer texts"
         )
     return asked or config.max_position
@@ -180,17 +183,17 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
 
     A model without pages gets numbers without memory behind them: the prefix cache counts its text in blocks.
     """
-    bytes_a_token = page_bytes(config, 1, dtype)
-    if bytes_a_token == 0:
+    size = build.page_size or build.cache.page_size or usual_page_size(length)
+    bytes_a_page = page_bytes(config, size, dtype, build.cache)
+    if bytes_a_page == 0:
         block = build.page_size or RECURRENT_BLOCK
         return build.max_num_seqs * -(-length // block) + 1 + REMEMBERED_BLOCKS, block
-    size = build.page_size or usual_page_size(length)
     wanted = build.max_num_seqs * -(-length // size) + 1
     if build.num_pages is not None:
         if build.num_pages < 2:
             raise ValueError(f"num_pages={build.num_pages} must be at least 2: page 0 is never used")
         return build.num_pages, size
-    return max(2, min(wanted, pool_bytes() // (bytes_a_token * size))), size
+    return max(2, min(wanted, pool_bytes() // bytes_a_page)), size
 
 
 def usual_page_size(length: int) -> int:
@@ -202,30 +205,9 @@ def choose_snapshots(config: ModelConfig, build: Build, dtype: jnp.dtype) -> int
     """How many copies of a sequence's recurrent state the prefix cache may keep: two a seat, in at most a quarter
     of what the KV pool may take."""
     size = snapshot_bytes(config, dtype)
-    if size == 0 or build.prefix_cache is False:
+    if size == 0 or build.prefix_cache is False or not build.cache.abilities.may_share_prefix:
         return 0
     return min(2 * build.max_num_seqs, pool_bytes() // (4 * size))
-
-
-def no_prefix_cache(state: tuple, build: Build, length: int, page_size: int, snapshots: int) -> str | None:
-    """Why the prefix cache is off; None: it is on. ValueError when it was asked for and cannot hold."""
-    if build.prefix_cache is False:
-        return "prefix_cache=False"
-    reason = None
-    recurrent = any(isinstance(entry, RecurrentState) for entry in state)
-    strange = [type(e).__name__ for e in state if not isinstance(e, PagedKV | RecurrentState)]
-    if strange:
-        reason = f"{strange[0]} cannot share what it remembers"
-    elif page_size >= length:
-        reason = f"a page of {page_size} tokens holds a whole text of max_model_len={length}"
-    elif recurrent and snapshots == 0:
-        reason = "there is no memory for copies of the recurrent state"
-    if reason is not None and build.prefix_cache:
-        raise ValueError(
-            f"prefix_cache=True cannot hold: {reason}; leave prefix_cache=None to have it where it can be, or "
-            f"change that (page_size={page_size}, max_model_len={length}, max_num_seqs={build.max_num_seqs})"
-        )
-    return reason
 
 
 def pool_bytes() -> int:
@@ -250,15 +232,22 @@ def build_engine(
 ) -> tuple[ModelConfig, Engine]:
     """An engine with its programs not yet compiled, and the config it runs."""
     use_compilation_cache()
-    if numerics.platform == "cpu" and numerics.param_dtype == jnp.bfloat16:
-        fused_is_faster()  # measured now: while programs compile in threads, times mean nothing
-    length = choose_length(config, build.max_model_len)
-    config = with_length(config, length)
-    num_pages, page_size = choose_pages(config, build, length, build.kv_dtype(numerics.dtype))
-    paged = page_bytes(config, 1, numerics.dtype) > 0
-    width = -(-length // page_size) if paged else 0
+    if numerics.platform == "cpu":
+        try_forms(params)
+    cache = build.cache
+    length = choose_length(config, build.max_model_len, cache)
+    config = with_length(config, cache.longest(length))
     budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
-    period, place = None if numerics.platform == "cpu" else period_of(config), build.placement(config)
+    stored = build.kv_dtype(numerics.dtype)
+    check_cache(
+        cache, config, length=length, budget=budget, devices=build.tensor_parallel_size,
+        quantised=build.kv_cache_dtype if stored.name in QUANTISED else None, page_size=build.page_size,
+    )  # fmt: skip
+    num_pages, page_size = choose_pages(config, build, length, stored)
+    width = -(-length // page_size) if page_bytes(config, page_size, stored, cache) else 0
+    place, period = build.placement(config), None
+    if numerics.platform != "cpu":
+        period = period_of(config) if cache.abilities.layers_alike else config.num_layers
     if period is None:
         graphdef, _ = checkpoint.abstract(config, numerics)
     else:
@@ -269,13 +258,16 @@ def build_engine(
     snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
         num_pages, page_size, build.max_num_seqs, numerics.dtype, build.backends(place), snapshots,
-        build.kv_dtype(numerics.dtype),
+        stored, width,
     )  # fmt: skip
-    empty = partial(make_state, config, capacity, period)
+    empty = partial(make_state, config, capacity, period, cache)
     state = jax.jit(empty, out_shardings=None if place is None else place.state(jax.eval_shape(empty)))()
-    off = no_prefix_cache(state, build, length, page_size, snapshots)
+    off = no_prefix_cache(
+        cache, build.prefix_cache, length=length, page_size=page_size, recurrent=config.recurrent,
+        snapshots=snapshots,
+    )  # fmt: skip
     copies = Snapshots(snapshots, page_size) if snapshots and off is None else None
-    pages = PageAllocator(num_pages, page_size, off=off, snapshots=copies)
+    pages = PageAllocator(num_pages, page_size, off=off, snapshots=copies, hold=hold(cache.abilities))
     programs = Programs(
         graphdef, params, state,
         Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED),

@@ -13,9 +13,12 @@ from typing import Any, Self
 import jax
 from tqdm.auto import tqdm
 
+from ..attention.caches.paged import Pages
+from ..attention.caches.policy import CachePolicy
 from ..model import checkpoint
 from ..model.config import ModelConfig
 from ..model.stacked import unstack
+from ..model.transforms.transform import Transform
 from . import chat
 from .bounds import Bounds
 from .build import Build, build_engine, open_model, open_tokenizer
@@ -32,6 +35,7 @@ from .telemetry.engine import MeasuredEngine
 from .telemetry.profile import trace
 from .telemetry.recorder import Telemetry
 from .tokenizer import Tokenizer
+from .transformed import Transforms
 from .weights import Weights, plan_swap
 
 
@@ -66,6 +70,11 @@ class LLM:
             for each token and head, "int8" or "fp8"; None: as activations are. On CPU choose int8 or float16: XLA
             copies pages of bfloat16 and fp8 when it writes to them.
         tensor_parallel_size: devices that one model is split over: heads, MLP and vocabulary.
+        cache: what attention layers remember (`attention.caches`): StreamingLLM, DoubleSparsity and others; None:
+            every key and value in pages. `repr` says what a cache goes without.
+        transforms: what changes the model before it runs (`model.transforms`): Int8(), Int4(), Fp8() and others, in
+            order. `save` records them, and the saved checkpoint opens as it is.
+        calibration: texts or lists of token ids that transforms look at, where they need any.
         skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).
 
@@ -81,7 +90,8 @@ class LLM:
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
-        tensor_parallel_size: int = 1,
+        tensor_parallel_size: int = 1, cache: CachePolicy | None = None, transforms: Sequence[Transform] = (),
+        calibration: Sequence[str | Sequence[int]] | None = None,
     ):  # fmt: skip
         build = Build(
             max_model_len=max_model_len, max_num_seqs=max_num_seqs,
@@ -89,18 +99,21 @@ class LLM:
             strict=strict, prefix_cache=prefix_cache, policy=policy, telemetry=Telemetry.of(telemetry),
             overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
             tensor_parallel_size=tensor_parallel_size,
-            bounds=Bounds(max_output_tokens, max_waiting),
+            bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache,
         )  # fmt: skip
         opened = open_model(model, dtype, build)
         self.name, self.folder, self.seed, self.progress = opened.name, opened.folder, seed, progress
         self.tokenizer = None if skip_tokenizer_init else open_tokenizer(tokenizer, opened.folder)
+        opened, self.transforms = Transforms.of(opened).apply(
+            opened, transforms, calibration, self.tokenizer, build
+        )
         self.config, self.engine = build_engine(
             opened.config, opened.numerics, opened.params, self.tokenizer, build
         )
         programs = self.engine.programs
         programs.compile(progress)
         self.engine.scheduler.policy.calibrate(programs.plan.chunks, programs.measure)
-        self.telemetry = build.telemetry
+        self.telemetry, self.cache = build.telemetry, build.cache
         if isinstance(self.engine, MeasuredEngine):
             self.engine.telemetry.start(self.name, self.config, self.engine)
         self._lock = FairLock()
@@ -184,6 +197,11 @@ class LLM:
         recomputed, or found in the prefix cache. ValueError when an output cannot be of this model; in a list,
         an output that cannot go on comes back with `error` set.
         """
+        if not self.cache.abilities.rebuildable:
+            raise ValueError(
+                f"cache={self.cache!r} gives a prompt and a generation different states, so resuming would not "
+                f"continue what was begun; generate anew, or use an LLM with cache=None"
+            )
         alone = isinstance(outputs, RequestOutput | Mapping)
         if not isinstance(outputs, RequestOutput | Iterable):
             raise ValueError(f"outputs is a {type(outputs).__name__}; give RequestOutputs or their snapshots")
@@ -270,7 +288,8 @@ class LLM:
         successor is there.
 
         source: an NNX module (`model.decoder.Decoder`, as `adapt` trains it), its state or pure dict of
-        parameters, or a checkpoint's folder, which is read array by array. Arrays are copied. It happens between
+        parameters, or a checkpoint's folder, which is read array by array. Arrays are copied, and quantised anew
+        where this model was quantised. It happens between
         two steps, and any thread may call it while another generates: running requests keep their tokens, and
         what the old weights computed for them is recomputed with the new ones. version: the new
         `weight_version` (a training step, say), above the present one; None: the next. ValueError, and nothing
@@ -285,7 +304,8 @@ class LLM:
                     f"version={version!r} must be a whole number above the present {present}: within a "
                     "generation, versions never fall"
                 )
-            engine.swap_weights(plan_swap(engine.programs, self.config, engine.max_model_len, source), number)
+            positions = self.cache.longest(engine.max_model_len)
+            engine.swap_weights(plan_swap(engine.programs, self.config, positions, source), number)
 
     # -- the life of the engine ----------------------------------------------------------------------------
 
@@ -320,7 +340,8 @@ class LLM:
         """
         programs = self.engine.programs
         params = programs.params if programs.period is None else unstack(programs.params, programs.period)
-        checkpoint.save_orbax(path, params, self.config, tokenizer_from=self.folder)
+        metadata = self.transforms.metadata()
+        checkpoint.save_orbax(path, params, self.config, metadata=metadata, tokenizer_from=self.folder)
 
     def __enter__(self) -> Self:
         return self
@@ -339,10 +360,12 @@ class LLM:
         cache = f"off ({pages.off})"
         if pages.sharing:
             cache = f"on ({pages.hit_tokens} of {pages.lookup_tokens} prompt tokens hit)"
+        without = self.cache.abilities.turned_off
+        kind = f"{self.cache!r}, without {without}; " if without else ""
         return (
             f"LLM({self.name!r}: {self.config.model_type}, {count / 1e6:.1f}M parameters, {size:.0f} MB "
             f"{weights[0].dtype} on {weights[0].device}; max_model_len {self.engine.max_model_len}; "
-            f"{pool if self.engine.programs.width else 'no pages'}; prefix cache {cache}; "
+            f"{kind}{pool if self.engine.programs.width else 'no pages'}; prefix cache {cache}; "
             f"{self.engine.programs.plan})"
         )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Literal
 
 from .chain import Chain
 from .snapshots import Snapshots
@@ -25,19 +26,21 @@ class PageAllocator:
 
     `off` says why pages are not shared; None: full pages are registered and found again. `snapshots` holds what
     recurrent layers remember at the ends of pages. `lookup_tokens` and `hit_tokens` count the prompt tokens that
-    new sequences looked up and found.
+    new sequences looked up and found. `hold`: a sequence owns pages for its text so far ("text"), from its start on for
+    all that it may become ("limit": it cannot be recomputed), or until its prompt is computed ("prompt").
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, *, off: str | None = None, snapshots: Snapshots | None = None
-    ):
+        self, num_pages: int, page_size: int, *, off: str | None = None, snapshots: Snapshots | None = None,
+        hold: Literal["text", "limit", "prompt"] = "text",
+    ):  # fmt: skip
         if num_pages < 2 or page_size < 1:
             raise ValueError(
                 f"a page pool needs at least 2 pages (one is the null page) of at least 1 token; "
                 f"got num_pages={num_pages}, page_size={page_size}"
             )
         self.num_pages, self.page_size, self.off = num_pages, page_size, off
-        self.snapshots, self.weight_version = snapshots, 0
+        self.snapshots, self.hold, self.weight_version = snapshots, hold, 0
         self.lookup_tokens = self.hit_tokens = 0
         self._owners = [0] * num_pages
         self._blank = list(range(num_pages - 1, 0, -1))  # free, nothing worth keeping inside
@@ -79,6 +82,12 @@ class PageAllocator:
             self._owners[page] = 1
             pages.append(page)
         return True
+
+    def extend(self, pages: list[int], tokens: int) -> bool:
+        """Room for a generation that is `tokens` long; False as `grow`."""
+        if self.hold == "prompt":
+            self.release(pages)
+        return self.hold == "prompt" or self.grow(pages, tokens)
 
     def claim(self, pages: list[int], hits: list[int], tokens: int) -> bool:
         """Fill the empty table `pages` with the cached pages `hits` and fresh ones, to hold `tokens`; False, and

@@ -4,8 +4,7 @@ One rule covers prompts, decodes and resuming: each step gives a sequence (known
 clipped by the token budget. Who goes first is the policy's choice (`policies`); what holds under every policy is
 here. Memory: a sequence owns pages for its whole known length from admission on, a decode grows by a page; when
 the pool is empty a running sequence is preempted, waits and is recomputed later, and a step that preempted
-admits nobody. A sequence that starts (or
-comes back) takes the longest cached prefix, but computes its last known token at least.
+admits nobody. A sequence that starts (or comes back) takes the longest cached prefix, but computes its last token.
 """
 
 from __future__ import annotations
@@ -156,7 +155,7 @@ class Scheduler:
             if snapshots.comes(chain.keys[len(hits) - 1]):
                 return False
             hits = hits[: snapshots.deepest(chain.keys[: len(hits)])]
-        if not pages.claim(sequence.pages, hits, sequence.known):
+        if not pages.claim(sequence.pages, hits, sequence.limit if pages.hold == "limit" else sequence.known):
             return False
         self.policy.pop()
         chain.registered = len(hits)
@@ -175,7 +174,8 @@ class Scheduler:
     def _note(self, sequence: Sequence, prompt: bool = False) -> None:
         """Tell the prefix cache how far the scheduled steps bring a sequence."""
         pages = self.pages
-        pages.register(sequence.pages, sequence.chain, sequence.tokens, sequence.computed)
+        if prompt or pages.hold == "text":  # else what a prompt gives and what a generation gives differ
+            pages.register(sequence.pages, sequence.chain, sequence.tokens, sequence.computed)
         if pages.snapshots is not None:
             pages.snapshots.settle(sequence, pages.weight_version)
             pages.snapshots.save(sequence, pages.weight_version, prompt=prompt)
@@ -186,7 +186,7 @@ class Scheduler:
         for sequence in list(self.policy.order(self.running)):
             if not sequence.decoding or sequence.known >= sequence.limit:
                 continue
-            while sequence.seat >= 0 and not self.pages.grow(sequence.pages, sequence.known):
+            while sequence.seat >= 0 and not self.pages.extend(sequence.pages, sequence.known):
                 self.preempt(self.policy.victim(self.running))
             if sequence.seat >= 0:
                 ready.append(sequence)
@@ -233,7 +233,8 @@ class Scheduler:
         self._seats.append(sequence.seat)
         sequence.seat = -1
         pages = self.pages
-        pages.register(sequence.pages, sequence.chain, sequence.tokens, sequence.computed)
+        if pages.hold == "text":
+            pages.register(sequence.pages, sequence.chain, sequence.tokens, sequence.computed)
         pages.release(sequence.pages, sequence.chain)
         if pages.snapshots is not None:
             pages.snapshots.close(sequence, pages.weight_version)

@@ -12,6 +12,8 @@ from ...pallas_kernels.attention.spec import LANES
 from ..batch import Batch
 from ..blockwise import Blockwise
 from ..ops import AttentionSpec, Backend, Layout, PagedView, attention
+from ..rotary import Rotate, unrotated
+from .policy import Abilities, Capacity, Heads
 
 QUANTISED = ("int8", "float8_e4m3fn")
 
@@ -23,6 +25,26 @@ def encode(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     scales = jnp.abs(wide).max(-1) / largest
     codes = wide / jnp.maximum(scales, 1e-30)[..., None]
     return (jnp.round(codes) if jnp.issubdtype(dtype, jnp.integer) else codes).astype(dtype), scales
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Every key and value in pages (PagedAttention): the cache of an engine that was given none."""
+
+    @property
+    def abilities(self) -> Abilities:
+        return Abilities(may_share_prefix=True, exact=True, quantises=True, shards=True)
+
+    @property
+    def page_size(self) -> int | None:
+        return None
+
+    def longest(self, length: int) -> int:
+        return length
+
+    def create(self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None) -> PagedKV:
+        del layer
+        return PagedKV.of(heads, capacity, layers)
 
 
 @partial(
@@ -46,6 +68,14 @@ class PagedKV:
     backends: tuple[Backend, ...] = (Blockwise(),)
     layers: int = 1
     layout: Layout = "transposed"
+
+    @staticmethod
+    def of(heads: Heads, capacity: Capacity, layers: int | None = None) -> PagedKV:
+        """Empty pages for attention layers with these heads."""
+        return PagedKV.empty(
+            capacity.num_pages, capacity.page_size, heads.kv_heads, heads.head_dim, capacity.stored,
+            capacity.backends, layers or 1,
+        )  # fmt: skip
 
     @staticmethod
     def empty(
@@ -103,22 +133,26 @@ class PagedKV:
         return PagedView(self.k, self.v, table, batch.lengths, self.k_scales, self.v_scales, self.layout)
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec
-    ) -> tuple[jax.Array, PagedKV]:
-        """q [T,Hq,D], k and v [T,Hkv,D], already rotated: writes k and v to their pages, then attends."""
-        B, n, R = batch.shape.B, batch.shape.q, batch.shape.R
-        new = self.write(k, v, batch)
-        view, parts = new.view(batch), []
+        self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec,
+        rotate: Rotate = unrotated,
+    ) -> tuple[jax.Array, PagedKV]:  # fmt: skip
+        """q [T,Hq,D], k and v [T,Hkv,D]: writes rotated keys and values to their pages, then attends."""
+        q, k = rotate(q, batch.positions), rotate(k, batch.positions)
+        new, B, n = self.write(k, v, batch), batch.shape.B, batch.shape.q
+        parts = []
         if B:
             rect = q[: B * n].reshape(B, n, *q.shape[1:])
-            out, _ = attention(rect, view.rows(0, B), spec, self.backends)
+            out, _ = attention(rect, new.view(batch).rows(0, B), spec, self.backends)
             parts.append(out.reshape(B * n, *q.shape[1:]))
-        if R:
-            out, _ = attention(
-                q[B * n :], view.rows(B, B + R), spec, self.backends, query_starts=batch.query_starts
-            )
-            parts.append(out)
+        if batch.shape.R:
+            parts.append(new.prompt(q[B * n :], batch, spec)[0])
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0], new
+
+    def prompt(self, q: jax.Array, batch: Batch, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+        """The prompt part, q [C,Hq,D], rotated, over pages that are written: (out [C,Hq,D], lse f32[C,Hq])."""
+        B, R = batch.shape.B, batch.shape.R
+        view = self.view(batch).rows(B, B + R)
+        return attention(q, view, spec, self.backends, query_starts=batch.query_starts)
 
     def commit(self, accepted: jax.Array) -> PagedKV:
         """Plain pages need no commit: a rejected token's slot is overwritten by the next one."""

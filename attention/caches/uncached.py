@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ..batch import Batch
 from ..ops import AttentionSpec
+from ..rotary import Rotate, unrotated
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
@@ -26,8 +27,10 @@ class Uncached:
         return new
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec
-    ) -> tuple[jax.Array, Uncached]:
+        self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec,
+        rotate: Rotate = unrotated,
+    ) -> tuple[jax.Array, Uncached]:  # fmt: skip
+        q, k = rotate(q, batch.positions), rotate(k, batch.positions)
         B, n = batch.shape.B, batch.shape.q
         if batch.shape.R:
             raise ValueError(f"Uncached attends fresh rows only; this batch has {batch.shape.R} prompt rows")

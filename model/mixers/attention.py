@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 from flax import nnx
 
 from ...attention.batch import Batch
 from ...attention.ops import AttentionSpec
+from ...attention.rotary import unrotated
 from ..config import AttentionConfig
 from ..layers import Linear, Norm, Numerics
 from ..rope import rotate
@@ -40,8 +43,7 @@ class Attention(nnx.Module):
         k, v = k.reshape(T, c.kv_heads, c.head_dim), v.reshape(T, c.kv_heads, c.head_dim)
         if self.q_norm is not None and self.k_norm is not None and c.qk_norm_over == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if c.rope is not None:
-            q, k = rotate(q, batch.positions, c.rope), rotate(k, batch.positions, c.rope)
+        turn = unrotated if c.rope is None else partial(rotate, config=c.rope)
         with jax.named_scope("attend"):
-            out, state = state.attend(q, k, v, batch, AttentionSpec(c.scale, c.window, c.softcap))
+            out, state = state.attend(q, k, v, batch, AttentionSpec(c.scale, c.window, c.softcap), turn)
         return self.o(out.reshape(T, c.heads * c.head_dim)), state

@@ -40,6 +40,10 @@ class AttentionSpec:
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap={self.softcap} must be above 0; None for no cap")
 
+    def capped(self, scores: jax.Array) -> jax.Array:
+        """Scaled scores after the soft cap, where there is one."""
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
     def visible(self, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(first, last) key position that queries at `positions` see in rows of `lengths` tokens, both included.
 
