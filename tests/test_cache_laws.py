@@ -8,10 +8,13 @@ from functools import cache
 
 import numpy as np
 import pytest
+from tokenloom.attention.caches.double_sparsity import DoubleSparsity
+from tokenloom.attention.caches.h2o import H2O
 from tokenloom.attention.caches.paged import Pages
 from tokenloom.attention.caches.policy import CachePolicy
 from tokenloom.attention.caches.streaming import StreamingLLM
 from tokenloom.tests.cache_cases import Layer, dense_outputs, text
+from tokenloom.tests.cache_references import expected
 
 LENGTH, PROMPT = 26, 15
 
@@ -27,6 +30,8 @@ class Case:
 CASES = {
     "pages": Case(Pages(), Pages()),
     "streaming": Case(StreamingLLM(2, 6), StreamingLLM(2, 24)),
+    "double sparsity": Case(DoubleSparsity(5, 6), DoubleSparsity(26, 2)),
+    "h2o": Case(H2O(4, 3), H2O(16, 12)),
 }
 EACH = pytest.mark.parametrize("name", list(CASES))
 
@@ -49,6 +54,14 @@ def test_room_for_all_is_dense(name):
     if roomy is None:
         return  # listed by `test_excluded_laws_are_listed`
     np.testing.assert_allclose(alone(roomy, 1), dense_outputs(text(LENGTH, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "pages"])
+def test_what_is_read_equals_masks_by_brute_force(name):
+    """Gathered, evicted or rotated anew: the numbers of full attention under the masks that the paper's rule gives."""
+    small = CASES[name].small
+    for seed in (1, 6):
+        np.testing.assert_allclose(alone(small, seed), expected(small, text(LENGTH, seed), PROMPT), atol=2e-5)
 
 
 @EACH
