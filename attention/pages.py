@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..pallas_kernels.attention.spec import AttentionSpec, PagedView, Tree
+from .coded import CodedView
 
 T = TypeVar("T")
 
@@ -43,12 +44,14 @@ def _take(pages: jax.Array, where: jax.Array) -> jax.Array:
     return pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
 
 
-def read(view: PagedView, where: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, str]:
+def read(view: PagedView | CodedView, where: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, str]:
     """Pages `where` i32[W] of heads of size `dim` in float32.
 
     Returns keys, values [W,Hkv,ps,D], and how keys lie in an einsum ("ds" or "sd"). Scales are left for `scales`: on
     scores and weights they cost a factor D less.
     """
+    if isinstance(view, CodedView):
+        return *view.read(where), "ds"
     k = _take(view.k_pages, where)
     if view.v_pages is None:
         return k[..., :dim], k[..., dim:], "sd"
@@ -87,23 +90,29 @@ def each_block(
     step: int,
     body: Callable[[jax.Array, jax.Array, jax.Array, T], T],
     carry: T,
+    aligned: bool = False,
 ) -> T:
     """Blocks of `step` tokens of a flat prompt part with rows by query_starts i32[R+1], row by row.
 
     carry = body(row, at, positions, carry): the block's tokens lie from `at` on, at text positions i32[step]; -1 past
-    the end of the row, where the next row begins.
+    the end of the row, where the next row begins. `aligned`: blocks end where multiples of `step` of the text do, so
+    the first one of a row may be shorter.
     """
     offsets = jnp.arange(step, dtype=jnp.int32)
 
     def row(r, carry):
         start, stop = query_starts[r], query_starts[r + 1]
+        skew = (lengths[r] - stop + start) % step if aligned else 0
 
         def block(b, carry):
-            at = start + b * step
-            positions = jnp.where(at + offsets < stop, lengths[r] - stop + at + offsets, -1)
+            at = start + jnp.maximum(b * step - skew, 0)
+            end = jnp.minimum(start + (b + 1) * step - skew, stop)
+            positions = jnp.where(at + offsets < end, lengths[r] - stop + at + offsets, -1)
             return body(r, at, positions, carry)
 
-        return lax.fori_loop(0, (stop - start + step - 1) // step, block, carry)
+        return lax.fori_loop(
+            0, jnp.where(stop > start, (stop - start + skew + step - 1) // step, 0), block, carry
+        )
 
     return lax.fori_loop(0, query_starts.shape[0] - 1, row, carry)
 
@@ -155,7 +164,7 @@ class Queries:
     words: a tree's bits, i32[B,n*G] each; before i32[B]: the tokens in front of a tree; positions i32[B,n].
     """
 
-    view: PagedView
+    view: PagedView | CodedView
     spec: AttentionSpec
     packed: jax.Array
     sees_from: jax.Array
@@ -167,8 +176,8 @@ class Queries:
 
     @staticmethod
     def of(
-        q: jax.Array, view: PagedView, spec: AttentionSpec, positions: jax.Array, tree: Tree | None = None,
-        before: jax.Array | None = None, noise: Noise | None = None,
+        q: jax.Array, view: PagedView | CodedView, spec: AttentionSpec, positions: jax.Array,
+        tree: Tree | None = None, before: jax.Array | None = None, noise: Noise | None = None,
     ) -> Queries:  # fmt: skip
         """q [B,n,Hq,D] at text positions i32[B,n]; a negative one sees nothing. `before` as above; None: all but n."""
         (_, n, heads, _), kv_heads = q.shape, view.kv_heads

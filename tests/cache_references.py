@@ -6,6 +6,7 @@ from functools import singledispatch
 
 import numpy as np
 from tokenloom.attention.caches.double_sparsity import DoubleSparsity, slowest
+from tokenloom.attention.caches.gear import Int4
 from tokenloom.attention.caches.h2o import H2O
 from tokenloom.attention.caches.streaming import StreamingLLM
 from tokenloom.tests.cache_cases import CONFIG, DIM, Text
@@ -71,6 +72,27 @@ def _(policy: DoubleSparsity, one: Text, prompt: int) -> np.ndarray:
                 score[t] = np.inf
                 kept[head] = np.isin(places, np.argsort(-score, kind="stable")[: policy.tokens])
         out.append(row(q[t], k, v, kept)[0])
+    return np.stack(out)
+
+
+@expected.register
+def _(policy: Int4, one: Text, prompt: int) -> np.ndarray:
+    _, _, v, q, k, places = _wide(one)
+    out, size, codec = [], policy.block, policy.codec
+
+    def coded(x: np.ndarray) -> np.ndarray:
+        """Vectors [V,L] as they come back."""
+        return np.asarray(codec.decode(codec.encode(x.astype(np.float32)), x.shape[-1]), np.float64)
+
+    far_k, far_v = k.copy(), v.copy()
+    for start in range(0, len(q) - size + 1, size):
+        for head in range(CONFIG.kv_heads):
+            page = slice(start, start + size)
+            far_k[page, head], far_v[page, head] = coded(k[page, head].T).T, coded(v[page, head])
+    for t in range(len(q)):
+        far = (places < t // size * size)[:, None, None]
+        kept = np.tile(places <= t, (CONFIG.kv_heads, 1))
+        out.append(row(q[t], np.where(far, far_k, k), np.where(far, far_v, v), kept)[0])
     return np.stack(out)
 
 
