@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .model.transforms.int4 import Int4
     from .model.transforms.int8 import Int8
     from .serve.bounds import QueueFull
+    from .serve.drafters.copy_spec import CopySpec
+    from .serve.drafters.draft_model import DraftModel
+    from .serve.drafters.token_recycling import TokenRecycling
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
     from .serve.policies.batch_llm import BatchLLM
@@ -44,6 +47,9 @@ _HOMES = {
     "Fair": "serve.policies.fair",
     "BatchLLM": "serve.policies.batch_llm",
     "Castillo": "serve.policies.castillo",
+    "CopySpec": "serve.drafters.copy_spec",
+    "DraftModel": "serve.drafters.draft_model",
+    "TokenRecycling": "serve.drafters.token_recycling",
     "BestOfN": "serve.search.best_of_n",
     "FirstFinish": "serve.search.first_finish",
     "MajorityVote": "serve.search.majority_vote",
@@ -59,6 +65,8 @@ __all__ = [
     "BestOfN",
     "Castillo",
     "CompletionOutput",
+    "CopySpec",
+    "DraftModel",
     "Fair",
     "FirstFinish",
     "Fp8",
@@ -74,6 +82,7 @@ __all__ = [
     "SarathiServe",
     "SplitFuse",
     "StructuredOutputs",
+    "TokenRecycling",
     "__version__",
 ]
 

@@ -47,7 +47,7 @@ def main() -> None:
         growth = {name: found.growth(name) for name in ("memory", "objects", "arrays")}
         print(f"ended: {dict(found.reasons)}; {engine.scheduler.preemptions} preemptions, "
               f"{engine.pages.hit_tokens} of {engine.pages.lookup_tokens} prompt tokens hit, "
-              f"{engine.programs.late_compilations} late compilations")  # fmt: skip
+              f"{engine.programs.compilations.late} late compilations")  # fmt: skip
         print("growth from the first tenth: " + ", ".join(f"{k} {v:+.2%}" for k, v in growth.items()))
         complete = sum(found.reasons.values()) == found.samples
         sys.exit(not complete or max(growth.values()) > GROWTH or growth["arrays"] != 0)

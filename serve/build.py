@@ -26,6 +26,8 @@ from ..pallas_kernels.chips import Chip
 from ..sharding.placement import Placement
 from .bounds import Bounds
 from .cache_rules import check_cache, hold, no_prefix_cache
+from .drafters.draft import Drafter, Target
+from .drafters.speculation import Speculation, check_drafter
 from .engine import Engine
 from .pages import PageAllocator
 from .policies.policy import Policy
@@ -67,6 +69,7 @@ class Build:
     kv_cache_dtype: str | None = None
     tensor_parallel_size: int = 1
     cache: CachePolicy = Pages()
+    drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")
@@ -244,7 +247,8 @@ def build_engine(
         quantised=build.kv_cache_dtype if stored.name in QUANTISED else None, page_size=build.page_size,
     )  # fmt: skip
     num_pages, page_size = choose_pages(config, build, length, stored)
-    width = -(-length // page_size) if page_bytes(config, page_size, stored, cache) else 0
+    slack = 0 if build.drafter is None else max(shape.slots for shape in build.drafter.shapes)
+    width = -(-(length + slack) // page_size) if page_bytes(config, page_size, stored, cache) else 0
     place, period = build.placement(config), None
     if numerics.platform != "cpu":
         period = period_of(config) if cache.abilities.layers_alike else config.num_layers
@@ -268,12 +272,17 @@ def build_engine(
     )  # fmt: skip
     copies = Snapshots(snapshots, page_size) if snapshots and off is None else None
     pages = PageAllocator(num_pages, page_size, off=off, snapshots=copies, hold=hold(cache.abilities))
+    sampler = Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED)
+    speculation = None
+    if build.drafter is not None:
+        check_drafter(build.drafter, cache, config, devices=build.tensor_parallel_size)
+        speculation = Speculation(build.drafter, Target(config, numerics, tokenizer, capacity, length))
+        sampler = speculation.sampler(sampler, length + slack)
     programs = Programs(
-        graphdef, params, state,
-        Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED),
+        graphdef, params, state, sampler,
         BucketPlan.make(build.max_num_seqs, budget),
         page_size=page_size, width=width, period=period, strict=build.strict,
-        whole=None if place is None else place.whole,
+        whole=None if place is None else place.whole, speculation=speculation,
     )  # fmt: skip
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
     make = Engine if build.telemetry is None else partial(MeasuredEngine, telemetry=build.telemetry)

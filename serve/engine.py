@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from time import time
 from typing import Any
@@ -17,28 +16,18 @@ import numpy as np
 
 from ..attention.batch import Shape
 from .bounds import Bounds, Deadlines
+from .drafters.draft import DraftShape
+from .launched import Launched
 from .outputs import FinishReason
 from .packing import offsets, pack_step
 from .pages import PageAllocator
 from .policies.policy import Policy
 from .programs import Programs
-from .request import Request, Sample, make_logprobs, make_sample, read_scores
-from .sampling.sampler import Sampled, read
+from .request import Request, Sample, make_sample, read_scores
+from .sampling.sampler import read
 from .sampling.structured import Grammars
 from .scheduler import Chunk, Scheduler, Sequence, Work
 from .tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A dispatched step: its sampled tokens (on the device), which row belongs to whom, prompt scores."""
-
-    sampled: Sampled
-    rows: list[tuple[int, Sequence, int]]
-    logprobs: bool
-    carry: bool
-    scores: Any
-    scored: list[tuple[int, Chunk]]
 
 
 class Engine:
@@ -52,7 +41,12 @@ class Engine:
         plan, self.overlap = programs.plan, overlap
         self.programs, self.pages, self.tokenizer = programs, pages, tokenizer
         self.scheduler = Scheduler(
-            pages, max_num_seqs=plan.max_num_seqs, budget=budget, prompt_rows=plan.prompt_rows, policy=policy
+            pages,
+            max_num_seqs=plan.max_num_seqs,
+            budget=budget,
+            prompt_rows=plan.prompt_rows,
+            policy=policy,
+            drafts=self._drafts,
         )
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self.eos_ids = frozenset(eos_ids)
@@ -132,7 +126,7 @@ class Engine:
         the samples that advanced or ended since the last call."""
         if self.broken is not None:
             raise RuntimeError(self.broken)
-        with self.programs.watch():
+        with self.programs.compilations.watch():
             self.settle()
             work = self.scheduler.schedule()
             launched = None if work is None else self.launch(work)
@@ -152,7 +146,7 @@ class Engine:
             self.programs.copy(self.programs.plan.max_num_seqs + slot, seat)
         constrained = [sequence.owner for _, sequence, _ in rows if sequence.owner.matcher is not None]
         masks = partial(self._constrain, constrained) if constrained else None
-        sampled, prompt_x = self.programs.step(shape, packed, masks)
+        sampled, prompt_x = self.programs.step(shape, packed, masks, work.draft)
         for seat, slot in work.saves:
             self.programs.copy(seat, self.programs.plan.max_num_seqs + slot)
         scored = [
@@ -163,13 +157,20 @@ class Engine:
         scores = self._score(prompt_x, scored) if scored else None
         logprobs = any(sequence.owner.logprobs is not None for _, sequence, _ in rows)
         carry = any(sequence.owner.request.params.carries for _, sequence, _ in rows)
-        for array, wanted in (sampled.token, True), (sampled.detail, logprobs), (sampled.carry, carry):
-            if wanted:
-                array.copy_to_host_async()
+        drafted = 0 if work.draft is None else work.draft.depth
+        launched = Launched(sampled, rows, logprobs, carry, scores, scored, drafted)
+        launched.send()
         self.steps += 1
         self.real_tokens += len(work.decodes) + sum(chunk.count for chunk in work.chunks)
         self.padded_tokens += shape.T
-        return Launched(sampled, rows, logprobs, carry, scores, scored)
+        return launched
+
+    def _drafts(self, decodes: list[Sequence]) -> DraftShape | None:
+        """What these sequences, all that run a step, may have drafted; a grammar wants each token read first."""
+        speculation = self.programs.speculation
+        if speculation is None or any(sequence.owner.matcher is not None for sequence in decodes):
+            return None
+        return speculation.choose(len(decodes))
 
     def _sampler_row(self, sample: Sample) -> dict[str, np.ndarray]:
         request, params = sample.request, sample.request.params
@@ -230,20 +231,16 @@ class Engine:
         """Read a step's tokens, advance its samples, end those that are done."""
         if launched.scored:
             read_scores(self.tokenizer, read(np.asarray(launched.scores)), launched.scored)
-        tokens = np.asarray(launched.sampled.token).tolist()
-        details = read(np.asarray(launched.sampled.detail)) if launched.logprobs else None
-        carry = np.asarray(launched.sampled.carry).tolist() if launched.carry else None
         advanced, now = [], time()
-        for row, sequence, epoch in launched.rows:
-            if sequence.finished or sequence.epoch != epoch:
-                continue
+        for sequence, emitted in launched.read(self.tokenizer):
             sample: Sample = sequence.owner
-            sequence.pending -= 1
-            token, entry, count = tokens[row], None, sample.request.params.logprobs
-            if details is not None and count is not None:
-                entry = make_logprobs(self.tokenizer, token, details, row, count)
-            sample.carry = carry[row] if carry and sample.request.params.carries else None
-            sample.accept(token, entry, self.weight_version)
+            self.scheduler.read(sequence, len(emitted), launched.drafted)
+            for token, entry, sample.carry in emitted:
+                sample.accept(token, entry, self.weight_version)
+                if sample.finish_reason is not None:
+                    break
+            if launched.drafted and self.programs.speculation is not None:
+                self.programs.speculation.acceptance.add(launched.drafted, len(emitted))
             metrics = sample.request.metrics
             metrics.first_token_time, metrics.last_token_time = metrics.first_token_time or now, now
             if sample.finish_reason is not None:

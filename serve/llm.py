@@ -22,6 +22,7 @@ from ..model.transforms.transform import Transform
 from . import chat
 from .bounds import Bounds
 from .build import Build, build_engine, open_model, open_tokenizer
+from .drafters.draft import Drafter
 from .interrupt import deferred_interrupt
 from .locks import FairLock
 from .outputs import RequestOutput
@@ -72,6 +73,8 @@ class LLM:
         tensor_parallel_size: devices that one model is split over: heads, MLP and vocabulary.
         cache: what attention layers remember (`attention.caches`): StreamingLLM, DoubleSparsity and others; None:
             every key and value in pages. `repr` says what a cache goes without.
+        drafter: guesses tokens ahead, which the model then checks all at once (`serve.drafters`): DraftModel,
+            TokenRecycling, CopySpec. None: one token at a time.
         transforms: what changes the model before it runs (`model.transforms`): Int8(), Int4(), Fp8() and others, in
             order. `save` records them, and the saved checkpoint opens as it is.
         calibration: texts or lists of token ids that transforms look at, where they need any.
@@ -91,6 +94,7 @@ class LLM:
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
         tensor_parallel_size: int = 1, cache: CachePolicy | None = None, transforms: Sequence[Transform] = (),
+        drafter: Drafter | None = None,
         calibration: Sequence[str | Sequence[int]] | None = None,
     ):  # fmt: skip
         build = Build(
@@ -99,7 +103,7 @@ class LLM:
             strict=strict, prefix_cache=prefix_cache, policy=policy, telemetry=Telemetry.of(telemetry),
             overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
             tensor_parallel_size=tensor_parallel_size,
-            bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache,
+            bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
         )  # fmt: skip
         opened = open_model(model, dtype, build)
         self.name, self.folder, self.seed, self.progress = opened.name, opened.folder, seed, progress

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +23,9 @@ from tqdm.auto import tqdm
 
 from ..attention.batch import Shape, descriptor_size, unpack
 from ..attention.caches.recurrent import RecurrentState
+from .compilations import Compilations
+from .drafters.draft import DraftShape
+from .drafters.speculation import Speculation
 from .sampling.params import SamplingParams
 from .sampling.sampler import Sampled, Sampler, prompt_logprobs
 
@@ -78,15 +79,15 @@ class BucketPlan:
 
 
 def backbone(graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int, prompt: int) -> Callable:
-    """(params, state, last_token, packed) -> (x rows [B+R,E], prompt x, state); state is donated.
+    """(params, state, last_token, length, packed) -> (x rows [B+R,E], prompt x, state); state is donated.
 
     Prompt x is padded to the largest chunk, [prompt,E], so that one program scores every chunk size; without a
     prompt part it is [0,E].
     """
 
-    def run(params: Any, state: tuple, last_token: jax.Array, packed: jax.Array):
+    def run(params: Any, state: tuple, last_token: jax.Array, length: jax.Array, packed: jax.Array):
         model = nnx.merge(graphdef, params)
-        batch = unpack(shape, width, page_size, packed, last_token)
+        batch = unpack(shape, width, page_size, packed, last_token, length)
         x = model.embed(batch.tokens, batch)
         x, state = model.run(x, state, batch, range(model.num_layers))
         rest = x[shape.B * shape.q :]
@@ -99,14 +100,14 @@ def backbone(graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int, p
 def head(graphdef: nnx.GraphDef, sampler: Sampler) -> Callable:
     """(params, sampler_state, x [N,E], meta i32[3N]) -> (Sampled, sampler_state); sampler_state is donated.
 
-    meta: lengths (the position of the sampled token), seats, and 1 where the row samples.
+    meta: lengths, seats, and 1 where the row samples; the length by seat is the position of the sampled token.
     """
 
     def run(params: Any, sampler_state: Any, x: jax.Array, meta: jax.Array):
         model = nnx.merge(graphdef, params)
-        lengths, seats, samples = meta.reshape(3, x.shape[0])
+        _, seats, samples = meta.reshape(3, x.shape[0])
         logits = model.head(model.normalise(x))
-        return sampler.sample(sampler_state, logits, seats, lengths, samples > 0)
+        return sampler.sample(sampler_state, logits, seats, sampler_state.length[seats], samples > 0)
 
     return run
 
@@ -145,17 +146,15 @@ class Programs:
     def __init__(
         self, graphdef: nnx.GraphDef, params: Any, state: tuple, sampler: Sampler, plan: BucketPlan, *,
         page_size: int, width: int, period: int | None = None, strict: bool = False,
-        whole: jax.sharding.Sharding | None = None,
+        whole: jax.sharding.Sharding | None = None, speculation: Speculation | None = None,
     ):  # fmt: skip
         """`whole`: on a mesh, the sharding of what is replicated: all but params and state."""
         self.graphdef, self.params, self.state = graphdef, params, state
-        self.sampler, self.plan = sampler, plan
-        self.page_size, self.width, self.period, self.strict = page_size, width, period, strict
+        self.sampler, self.plan, self.speculation = sampler, plan, speculation
+        self.page_size, self.width, self.period = page_size, width, period
         self.whole, self.sampler_state = whole, jax.device_put(jax.jit(sampler.init)(), whole)
         self.compiled: dict[Any, Any] = {}
-        self.late_compilations = 0
-        self._watching = False
-        _count_compilations(self)
+        self.compilations = Compilations(strict, str(plan))
 
     def _jobs(self) -> dict[Any, Callable[[], Any]]:
         """Key -> a function that lowers and compiles that program."""
@@ -186,7 +185,8 @@ class Programs:
             packed = ints((descriptor_size(shape, self.width),))
             name = f"{shape.kind}_B{shape.B}_q{shape.q}_R{shape.R}_C{shape.C}"
             out = self.whole, self.whole, places(state)
-            jobs[shape] = build(name, run, (1,), params, state, sampler_state.last_token, packed, out=out)
+            seated = sampler_state.last_token, sampler_state.length
+            jobs[shape] = build(name, run, (1,), params, state, *seated, packed, out=out)
         for rows in plan.heads():
             run = head(self.graphdef, self.sampler)
             jobs["head", rows] = build(
@@ -202,6 +202,8 @@ class Programs:
             run = self.sampler.constrain
             jobs["mask", rows] = build("mask", run, (0,), sampler_state, ints((rows,)), masks)
         jobs["admit"] = build("admit", self.sampler.admit, (0,), sampler_state, ints(()), row)
+        if self.speculation is not None:
+            jobs |= self.speculation.jobs(self, build, spec, ints, places(state))
         return jobs
 
     def _hidden(self, params: Any) -> jax.Array:
@@ -236,13 +238,18 @@ class Programs:
         self.sampler_state = self.compiled["mask", len(seats)](self.sampler_state, seats, masks)
 
     def step(
-        self, shape: Shape, packed: np.ndarray, between: Callable[[], None] | None = None
-    ) -> tuple[Sampled, jax.Array]:
-        """Dispatch the two programs of a step, with what is to be done `between` them; nothing waits. Returns
-        (Sampled, prompt x [C,E])."""
+        self, shape: Shape, packed: np.ndarray, between: Callable[[], None] | None = None,
+        draft: DraftShape | None = None,
+    ) -> tuple[Sampled, jax.Array | None]:  # fmt: skip
+        """Dispatch the two programs of a step, with what is to be done `between` them, or the one of a step with
+        drafts; nothing waits. Returns (Sampled, prompt x [C,E])."""
+        if self.speculation is not None and draft is not None:
+            return self.speculation.step(self, draft, shape.B, packed), None
         with jax.profiler.TraceAnnotation(shape.kind):
+            if self.speculation is not None:
+                self.speculation.follow(self, shape, packed)
             x, prompt_x, self.state = self.compiled[shape](
-                self.params, self.state, self.sampler_state.last_token, packed
+                self.params, self.state, self.sampler_state.last_token, self.sampler_state.length, packed
             )
             if between is not None:
                 between()
@@ -270,35 +277,9 @@ class Programs:
         """Packed log-probabilities of `targets` i32[C] after each of the first `used` prompt tokens."""
         return self.compiled["score"](self.params, prompt_x, targets, np.int32(used))
 
-    @contextmanager
-    def watch(self):
-        """Inside, nothing may compile: strict mode raises afterwards, else `late_compilations` counts."""
-        before, self._watching = self.late_compilations, True
-        try:
-            yield
-        finally:
-            self._watching = False
-        if self.strict and self.late_compilations > before:
-            raise RuntimeError(
-                f"a step compiled {self.late_compilations - before} programs after warm-up (strict mode); "
-                f"the bucket plan is: {self.plan}"
-            )
-
     def close(self) -> None:
         """Free the device memory."""
-        for leaf in jax.tree.leaves((self.params, self.state, self.sampler_state)):
+        drafting = None if self.speculation is None else (self.speculation.params, self.speculation.state)
+        for leaf in jax.tree.leaves((self.params, self.state, self.sampler_state, drafting)):
             leaf.delete()
         self.compiled.clear()
-
-
-def _count_compilations(programs: Programs) -> None:
-    """Count JAX's compile events that happen while `programs` watches."""
-    reference = weakref.ref(programs)
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del duration_secs, kwargs
-        alive = reference()
-        if alive is not None and alive._watching and event.endswith("backend_compile_duration"):
-            alive.late_compilations += 1
-
-    jax.monitoring.register_event_duration_secs_listener(listen)

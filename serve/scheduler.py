@@ -9,8 +9,9 @@ admits nobody. A sequence that starts (or comes back) takes the longest cached p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .chain import Chain
 from .pages import PageAllocator
@@ -18,13 +19,17 @@ from .policies.policy import Policy
 from .policies.sarathi import SarathiServe
 from .snapshots import Trail
 
+if TYPE_CHECKING:
+    from .drafters.draft import DraftShape
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One generation. `tokens` are those the host has read; `pending` were sampled but not yet read.
 
     `computed` counts tokens whose K and V the dispatched steps store; `limit` is the length at which the
-    sequence ends; `epoch` rises at each preemption, and results of an older epoch are dropped.
+    sequence ends; `ahead` counts what drafts may add at most to the certain `computed` and `known` (the device knows,
+    the host will read it); `epoch` rises at each preemption, and results of an older epoch are dropped.
 
     `chain` names its blocks to the prefix cache, where it looks itself up if `lookup` says so; `cached` tokens
     were found when it first started; `branch` and `trail` are the marks of `snapshots`, `rank` is the policy's.
@@ -36,6 +41,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     pending: int = 0
+    ahead: int = 0
     epoch: int = 0
     seat: int = -1
     decoding: bool = False
@@ -66,7 +72,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One step: the sequences that decode one token, the prompt chunks, and who took a seat for it.
+    """One step: the sequences that decode one token (or verify a `draft`), the prompt chunks, and who took a seat.
 
     Recurrent state is copied slot -> seat before the step (`loads`) and seat -> slot after it (`saves`).
     """
@@ -76,6 +82,7 @@ class Work:
     admitted: list[Sequence]
     loads: list[tuple[int, int]] = field(default_factory=list)
     saves: list[tuple[int, int]] = field(default_factory=list)
+    draft: DraftShape | None = None
 
 
 class Scheduler:
@@ -83,7 +90,7 @@ class Scheduler:
 
     def __init__(
         self, pages: PageAllocator, *, max_num_seqs: int, budget: int, prompt_rows: int,
-        policy: Policy | None = None,
+        policy: Policy | None = None, drafts: Callable[[list[Sequence]], DraftShape | None] = lambda _: None,
     ):  # fmt: skip
         policy = SarathiServe() if policy is None else policy
         if policy.owner is not None:
@@ -97,7 +104,7 @@ class Scheduler:
                 f"latter"
             )
         self.pages, self.policy, self.budget, self.prompt_rows = pages, policy, budget, prompt_rows
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs, self.drafts = max_num_seqs, drafts
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._seats = list(range(max_num_seqs - 1, -1, -1))
@@ -134,13 +141,32 @@ class Scheduler:
             decodes = self._decodes()
         if not decodes and not chunks:
             return None
+        draft = None if chunks else self._draft(decodes)
         for sequence in decodes:
             sequence.computed += 1
             sequence.pending += 1
+            sequence.ahead += 0 if draft is None else draft.depth
             self._note(sequence)
             policy.charge(sequence, 0, 1)
         saves = [] if self.pages.snapshots is None else self.pages.snapshots.flush()
-        return Work(decodes, chunks, admitted, loads, saves)
+        return Work(decodes, chunks, admitted, loads, saves, draft)
+
+    def _draft(self, decodes: list[Sequence]) -> DraftShape | None:
+        """What is drafted for a step of decodes only; nothing where a sequence has no pages for all slots."""
+        draft = self.drafts(decodes)
+        if draft is None:
+            return None
+        fits = all(
+            self.pages.grow(one.pages, min(one.known + one.ahead, one.limit) - 1 + draft.slots)
+            for one in decodes
+        )
+        return draft if fits else None
+
+    def read(self, sequence: Sequence, emitted: int, drafted: int) -> None:
+        """The host read a step of this sequence, which emitted so many tokens where 1 was certain."""
+        sequence.pending -= 1
+        sequence.ahead -= drafted
+        sequence.computed += emitted - 1
 
     def _admit(self, sequence: Sequence, loads: list[tuple[int, int]]) -> bool:
         """Give a waiting sequence a seat, and pages for its whole known length, cached ones first; False, and
@@ -186,7 +212,8 @@ class Scheduler:
         for sequence in list(self.policy.order(self.running)):
             if not sequence.decoding or sequence.known >= sequence.limit:
                 continue
-            while sequence.seat >= 0 and not self.pages.extend(sequence.pages, sequence.known):
+            most = min(sequence.known + sequence.ahead, sequence.limit)
+            while sequence.seat >= 0 and not self.pages.extend(sequence.pages, most):
                 self.preempt(self.policy.victim(self.running))
             if sequence.seat >= 0:
                 ready.append(sequence)
@@ -210,7 +237,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take everything from a running sequence; it waits and is recomputed later."""
         self._leave(sequence)
-        sequence.computed = sequence.pending = 0
+        sequence.computed = sequence.pending = sequence.ahead = 0
         sequence.epoch += 1
         sequence.decoding = False
         self.policy.requeue(sequence)

@@ -110,6 +110,10 @@ class Tokenizer:
         eos_ids = _eos_ids(backend, special.get("eos_token"), generation)
         return cls(backend, special, eos_ids, _chat_templates(folder, config))
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether every token has the same id in both."""
+        return self.backend.get_vocab(True) == other.backend.get_vocab(True)
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""

@@ -6,7 +6,7 @@ from functools import singledispatch
 
 import numpy as np
 from tokenloom.attention.caches.double_sparsity import DoubleSparsity, slowest
-from tokenloom.attention.caches.gear import Int4
+from tokenloom.attention.caches.gear import Int4KV
 from tokenloom.attention.caches.h2o import H2O
 from tokenloom.attention.caches.streaming import StreamingLLM
 from tokenloom.tests.cache_cases import CONFIG, DIM, Text
@@ -76,7 +76,7 @@ def _(policy: DoubleSparsity, one: Text, prompt: int) -> np.ndarray:
 
 
 @expected.register
-def _(policy: Int4, one: Text, prompt: int) -> np.ndarray:
+def _(policy: Int4KV, one: Text, prompt: int) -> np.ndarray:
     _, _, v, q, k, places = _wide(one)
     out, size, codec = [], policy.block, policy.codec
 

@@ -42,7 +42,7 @@ def settled(engine: Engine) -> None:
         slots = [*held._free, *held._slot_of.values()]
         assert sorted(slots) == list(range(held.slots)), "a slot is lost, or free twice"
         assert not held._saves and not held._coming
-    assert engine.programs.late_compilations == 0
+    assert engine.programs.compilations.late == 0
 
 
 def drive(engine: Engine, requests: list[Request], draw: random.Random, between: Callable[[], None]) -> None:

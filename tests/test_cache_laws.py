@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 from tokenloom.attention.caches.double_sparsity import DoubleSparsity
-from tokenloom.attention.caches.gear import GEAR, Int4
+from tokenloom.attention.caches.gear import GEAR, Int4KV
 from tokenloom.attention.caches.h2o import H2O
 from tokenloom.attention.caches.paged import Pages
 from tokenloom.attention.caches.policy import CachePolicy
@@ -35,7 +35,7 @@ CASES = {
     "streaming": Case(StreamingLLM(2, 6), StreamingLLM(2, 24)),
     "double sparsity": Case(DoubleSparsity(5, 6), DoubleSparsity(26, 2)),
     "h2o": Case(H2O(4, 3), H2O(16, 12)),
-    "int4": Case(Int4(group=4, block=4), None, 3e-3),
+    "int4": Case(Int4KV(group=4, block=4), None, 3e-3),
     "gear": Case(GEAR(group=4, block=4), None, 3e-3),
 }
 EACH = pytest.mark.parametrize("name", list(CASES))

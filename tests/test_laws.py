@@ -115,7 +115,7 @@ def test_a_thousand_mixed_requests_compile_nothing():
     params = [_mixed(draw) for _ in drawn]
     outputs = llm.generate(drawn, params, use_tqdm=False)
     assert all(c.finish_reason in ("stop", "length") for output in outputs for c in output.outputs)
-    assert llm.engine.programs.late_compilations == 0
+    assert llm.engine.programs.compilations.late == 0
 
 
 def test_a_compilation_after_warm_up_is_noticed():

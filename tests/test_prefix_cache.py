@@ -255,7 +255,7 @@ def test_cached_equals_uncached(shape):
     assert max(output.num_cached_tokens for output in last) >= 40
     assert pages.hit_tokens - hits > 300
     assert pages.free == pages.num_pages - 1 and not any(pages._owners)
-    assert llm.engine.programs.late_compilations == 0
+    assert llm.engine.programs.compilations.late == 0
 
 
 def test_prompt_scores_need_every_row_and_register():

@@ -30,7 +30,7 @@ def test_nothing_leaks(shape, policy):
         assert found.requests == 1000 and sum(found.reasons.values()) == found.samples > 1000
         assert {"stop", "length", "abort", "timeout"} <= set(found.reasons)
         assert engine.scheduler.preemptions > 10 and engine.pages.hit_tokens > 500
-        assert engine.programs.late_compilations == 0
+        assert engine.programs.compilations.late == 0
         assert found.growth("arrays") == 0, [mark.arrays for mark in found.marks]
         assert found.growth("objects") <= GROWTH, [mark.objects for mark in found.marks]
         assert found.growth("memory") <= GROWTH, [mark.memory for mark in found.marks]

@@ -99,7 +99,7 @@ def test_what_ends_is_valid():
                 validate(params, one.text)
                 ended += 1
     assert ended >= 10
-    assert llm().engine.programs.late_compilations == 0
+    assert llm().engine.programs.compilations.late == 0
 
 
 def test_nothing_else_changes_the_tokens(monkeypatch):

@@ -88,7 +88,7 @@ def test_a_trained_module_scores_like_its_training_path(swapped):
         ids = output.prompt_token_ids
         found = [output.prompt_logprobs[at][ids[at]].logprob for at in range(1, len(ids))]
         assert np.abs(found - row[np.arange(len(ids) - 1), ids[1:]]).max() <= 1e-4
-    assert swapped.engine.programs.late_compilations == 0
+    assert swapped.engine.programs.compilations.late == 0
 
 
 @pytest.mark.parametrize("shape", ["llama", "recurrent", "hybrid"])
@@ -104,7 +104,7 @@ def test_the_same_weights_swapped_in_change_nothing(shape):
     for one, other in zip(expected, finish(llm, requests)):
         same_tokens(one, other)
         assert sorted(other.outputs[0].weight_versions) == list(other.outputs[0].weight_versions)
-    assert llm.engine.programs.late_compilations == 0
+    assert llm.engine.programs.compilations.late == 0
 
 
 @pytest.mark.parametrize("params", [greedy(30), SamplingParams(seed=4, max_tokens=30, ignore_eos=True)])
@@ -231,7 +231,7 @@ def test_stacked_weights(monkeypatch):
     llm.update_weights(random_params(llama(), Numerics(), 0))
     for one, other in zip(llm.generate(drawn, greedy()), engine("llama").generate(drawn, greedy())):
         same_tokens(one, other)
-    assert llm.engine.programs.late_compilations == 0
+    assert llm.engine.programs.compilations.late == 0
 
 
 @pytest.mark.parametrize("period", [1, 2, 4])
@@ -265,4 +265,4 @@ def test_folders_streams_and_threads(tmp_path):
             llm.update_weights(llm.folder)
         thread.join()
         assert {one.outputs[0].text for one in results[0]} == {expected.text}
-        assert llm.weight_version == 5 and llm.engine.programs.late_compilations == 0
+        assert llm.weight_version == 5 and llm.engine.programs.compilations.late == 0

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ...pallas_kernels.attention.spec import LANES
-from ..batch import Batch
+from ..batch import NULL_PAGE, Batch
 from ..blockwise import Blockwise
-from ..ops import AttentionSpec, Backend, Layout, PagedView, attention
+from ..ops import AttentionSpec, Backend, Layout, PagedView, Tree, attention
 from ..rotary import Rotate, unrotated
 from .policy import Abilities, Capacity, Heads
 
@@ -27,13 +27,20 @@ def encode(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return (jnp.round(codes) if jnp.issubdtype(dtype, jnp.integer) else codes).astype(dtype), scales
 
 
+def draft_tree(batch: Batch, ancestors: jax.Array, spec: AttentionSpec) -> Tree:
+    """The draft trees of a batch's rectangular rows, as the attention op takes them."""
+    B, n = batch.shape.B, batch.shape.q
+    depths = batch.positions[: B * n].reshape(B, n) - batch.starts[:B, None]
+    return Tree.of(ancestors, depths, spec.window)
+
+
 @dataclass(frozen=True)
 class Pages:
     """Every key and value in pages (PagedAttention): the cache of an engine that was given none."""
 
     @property
     def abilities(self) -> Abilities:
-        return Abilities(may_share_prefix=True, exact=True, quantises=True, shards=True)
+        return Abilities(may_share_prefix=True, can_roll_back=True, exact=True, quantises=True, shards=True)
 
     @property
     def page_size(self) -> int | None:
@@ -142,7 +149,8 @@ class PagedKV:
         parts = []
         if B:
             rect = q[: B * n].reshape(B, n, *q.shape[1:])
-            out, _ = attention(rect, new.view(batch).rows(0, B), spec, self.backends)
+            tree = None if batch.ancestors is None else draft_tree(batch, batch.ancestors, spec)
+            out, _ = attention(rect, new.view(batch).rows(0, B), spec, self.backends, tree=tree)
             parts.append(out.reshape(B * n, *q.shape[1:]))
         if batch.shape.R:
             parts.append(new.prompt(q[B * n :], batch, spec)[0])
@@ -154,7 +162,36 @@ class PagedKV:
         view = self.view(batch).rows(B, B + R)
         return attention(q, view, spec, self.backends, query_starts=batch.query_starts)
 
-    def commit(self, accepted: jax.Array) -> PagedKV:
-        """Plain pages need no commit: a rejected token's slot is overwritten by the next one."""
-        del accepted
-        return self
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[3 if self.layout == "transposed" else 2]
+
+    def commit(self, batch: Batch, path: jax.Array) -> PagedKV:
+        """Of draft trees (the rectangular part) keep the slots path i32[B,T], in that order, behind each other; what
+        lies behind them is overwritten by the next tokens. All layers that share these arrays at once."""
+        B, T = path.shape
+        first = batch.starts[:B, None]
+        targets = first + jnp.arange(T, dtype=jnp.int32)
+
+        def places(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+            width = batch.page_table.shape[1]
+            inside = (positions < width * self.page_size) & (batch.lengths[:B, None] > 0)
+            at = jnp.minimum(positions // self.page_size, width - 1)
+            page = jnp.where(inside, jnp.take_along_axis(batch.page_table[:B], at, 1), NULL_PAGE)
+            offsets = jnp.arange(self.layers, dtype=jnp.int32) * (self.k.shape[0] // self.layers)
+            return (page.reshape(-1) + offsets[:, None]).reshape(-1), jnp.tile(
+                (positions % self.page_size).reshape(-1), self.layers
+            )
+
+        (source, source_slot), (target, target_slot) = places(first + path), places(targets)
+
+        def move(array: jax.Array | None, transposed: bool = False) -> jax.Array | None:
+            if array is None:
+                return None
+            here = (slice(None), slice(None)) if transposed else (slice(None),)
+            return array.at[target, *here, target_slot].set(array[source, *here, source_slot])
+
+        return replace(
+            self, k=move(self.k, self.layout == "transposed"), v=move(self.v),
+            k_scales=move(self.k_scales), v_scales=move(self.v_scales),
+        )  # fmt: skip

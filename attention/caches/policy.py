@@ -62,6 +62,7 @@ class Abilities:
     may_share_prefix  pages that a prompt filled serve other texts that begin with it
     rebuildable       prompt and output computed anew as one prompt give the same state, so a sequence may be preempted
                       and resumed; otherwise it reserves all of its pages when it starts
+    can_roll_back     what was stored for drafted tokens that are rejected can be forgotten, in trees too
     exact             the numbers of plain pages, but for rounding
     chunkable         a prompt may be cut anywhere
     quantises         keys and values may be stored in the integer and float8 dtypes of `kv_cache_dtype`
@@ -71,6 +72,7 @@ class Abilities:
 
     pages: Literal["all", "prompt", "none"] = "all"
     may_share_prefix: bool = False
+    can_roll_back: bool = False
     rebuildable: bool = True
     exact: bool = False
     chunkable: bool = True
@@ -84,6 +86,7 @@ class Abilities:
         missing = {
             "exactness": self.exact,
             "prefix cache": self.may_share_prefix,
+            "drafts": self.can_roll_back,
             "preemption and resume": self.rebuildable,
             "chunked prefill": self.chunkable,
             "quantised kv_cache_dtype": self.quantises,

@@ -109,7 +109,3 @@ class Stateless:
         rows = inputs.reshape(B, q, *inputs.shape[1:])
         out = jax.vmap(lambda x: advance(zero, x, None)[1])(rows)
         return out.reshape(B * q, *out.shape[2:]), self
-
-    def commit(self, accepted: jax.Array) -> Stateless:
-        del accepted
-        return self

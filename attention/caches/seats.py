@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 
 class BySeat:
-    """Layers of one scan that share arrays with a leading layer axis; commits that have nothing to do."""
+    """Layers of one scan that share arrays with a leading layer axis. A token is final at once: drafts are not for
+    such a state."""
 
     def layer(self, index: jax.Array) -> Self:
         """One layer of several."""
@@ -31,11 +32,6 @@ class BySeat:
     def put(self, index: jax.Array, new: Self) -> Self:
         """These arrays with `layer(index)` replaced."""
         return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, index, 0), self, new)
-
-    def commit(self, accepted: jax.Array) -> Self:
-        """One token a row is final at once; there is no way back, so drafts are not for such a state."""
-        del accepted
-        return self
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, layers: int | None) -> jax.Array:

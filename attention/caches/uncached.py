@@ -49,7 +49,3 @@ class Uncached:
         weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v.dtype)
         out = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v.reshape(B, n, kv_heads, dim))
         return out.reshape(q.shape), self
-
-    def commit(self, accepted: jax.Array) -> Uncached:
-        del accepted
-        return self

@@ -16,6 +16,8 @@ class Purpose(IntEnum):
     """What a random number is for; the values are part of the reproducibility contract."""
 
     SAMPLE = 0
+    DRAFT = 1
+    ACCEPT = 2
 
 
 def seed_words(seed: int) -> np.ndarray:

@@ -44,7 +44,7 @@ CONSTRAINED: tuple[Processor, ...] = tuple(sorted((*DEFAULT, GrammarMask()), key
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "last_token", "seeds", "sample_index", "prompt_length", "greedy", "asks", "processed", "processors",
+        "last_token", "length", "seeds", "sample_index", "prompt_length", "greedy", "asks", "processed", "processors",
     ],
     meta_fields=[],
 )  # fmt: skip
@@ -53,6 +53,7 @@ class SamplerState:
     """What outlives a step, by seat; the last of the S + 1 seats is padding.
 
     last_token     i32[S+1]    the token that each request's next step starts from
+    length         i32[S+1]    tokens that each request has, that one included; the next is sampled at this position
     seeds          u32[S+1,2]  64-bit seed, (high, low)
     sample_index   i32[S+1]    which of the request's n samples this is
     prompt_length  i32[S+1]    tokens of the prompt; a position minus it is the number of generated tokens
@@ -63,6 +64,7 @@ class SamplerState:
     """
 
     last_token: jax.Array
+    length: jax.Array
     seeds: jax.Array
     sample_index: jax.Array
     prompt_length: jax.Array
@@ -82,11 +84,14 @@ class Scores(NamedTuple):
     top_logprobs: np.ndarray
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["token", "detail", "carry"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["token", "detail", "carry", "count"], meta_fields=[])
 @dataclass(frozen=True)
 class Sampled:
     """token i32[N], read every step; detail i32[N,2+2K], read when a request asked for log-probabilities; carry
     f32[N,C], read for requests that cannot resume from their tokens alone (`Processor.carried`).
+
+    Where drafts were verified each of the three has a second axis of T tokens, of which the first count i32[N] are
+    emitted; count is None where a row gives one token.
 
     Where no live row of the step asked, only the token's own log-probability in `detail` is meaningful.
     """
@@ -94,6 +99,7 @@ class Sampled:
     token: jax.Array
     detail: jax.Array
     carry: jax.Array
+    count: jax.Array | None = None
 
     @property
     def logprob(self) -> jax.Array:
@@ -137,11 +143,18 @@ class Sampler:
                 "stages: sorted(processors, key=lambda p: p.stage)"
             )
 
+    def with_processor(self, processor: Processor) -> Sampler:
+        """The same sampler with one processor more, at its stage."""
+        return replace(
+            self, processors=tuple(sorted((*self.processors, processor), key=lambda one: one.stage))
+        )
+
     def init(self) -> SamplerState:
         """A state in which every seat is empty (greedy, nothing asked)."""
         S = self.seats + 1
         return SamplerState(
             last_token=jnp.zeros((S,), jnp.int32),
+            length=jnp.zeros((S,), jnp.int32),
             seeds=jnp.zeros((S, 2), jnp.uint32),
             sample_index=jnp.zeros((S,), jnp.int32),
             prompt_length=jnp.zeros((S,), jnp.int32),
@@ -175,6 +188,7 @@ class Sampler:
         last = output[-1] if len(output) else prompt[-1] if len(prompt) else 0
         row = {
             "last_token": np.array(last, np.int32),
+            "length": np.array(len(prompt) + len(output), np.int32),
             "seeds": seed_words(seed),
             "sample_index": np.array(sample_index, np.int32),
             "prompt_length": np.array(len(prompt), np.int32),
@@ -230,31 +244,70 @@ class Sampler:
     ) -> tuple[Sampled, SamplerState]:
         """One token a row from logits [N,V], seats i32[N], absolute positions i32[N] of the tokens being
         sampled, and live bool[N]; rows that are not live leave no trace and their results mean nothing."""
-        logits = logits.astype(jnp.float32)
-        seats = jnp.where(live, seats, self.seats)
-        ctx = Context(positions, positions - state.prompt_length[seats], live)
+        z = self.process(state, logits, seats, positions, live)
+        with jax.named_scope("draw"):
+            token = self.choose(state, z, seats, positions, live)
+        return self.settle(state, logits, z, token, seats, positions, live)
+
+    def process(
+        self, state: SamplerState, logits: jax.Array, seats: jax.Array, positions: jax.Array, live: jax.Array
+    ) -> jax.Array:
+        """The logits f32[N,V] behind all processors; each runs only when a live row wants it."""
+        z, ctx, seats = self._given(state, logits, seats, positions, live)
+        if not self.processors:
+            return z
         wanted = [
             (live & processor.wanted(held, seats, ctx)).any()
             for processor, held in zip(self.processors, state.processors, strict=True)
         ]
-        u = self._uniforms(state, seats, ctx)
-        z = logits
-        if self.processors:
-            z = jax.lax.cond(
-                jnp.stack(wanted).any(),
-                lambda z: self._process(state, z, seats, ctx, wanted),
-                lambda z: z,
-                logits,
-            )
-        token, detail = self._finish(state, logits, z, u, seats, ctx)
+        return jax.lax.cond(
+            jnp.stack(wanted).any(),
+            lambda z: self._process(state, z, seats, ctx, wanted),
+            lambda z: z,
+            z,
+        )
+
+    def choose(
+        self, state: SamplerState, z: jax.Array, seats: jax.Array, positions: jax.Array, live: jax.Array,
+        purpose: Purpose = Purpose.SAMPLE,
+    ) -> jax.Array:  # fmt: skip
+        """i32[N]: the most likely token of processed logits z, or one drawn from them, as each row asks."""
+        seats = jnp.where(live, seats, self.seats)
+        draws = live & ~state.greedy[seats]
+
+        def drawn(best):
+            return jnp.where(draws, draw(z, self.uniforms(state, seats, positions, purpose), best), best)
+
+        return jax.lax.cond(draws.any(), drawn, lambda best: best, first_argmax(z))
+
+    def probabilities(self, state: SamplerState, z: jax.Array, seats: jax.Array) -> jax.Array:
+        """f32[N,V]: the distribution that `choose` draws from; all on one token where a row is greedy."""
+        certain = jax.nn.one_hot(first_argmax(z), z.shape[1], dtype=jnp.float32)
+        return jnp.where(state.greedy[seats][:, None], certain, jax.nn.softmax(z, -1))
+
+    def settle(
+        self, state: SamplerState, logits: jax.Array, z: jax.Array, token: jax.Array, seats: jax.Array,
+        positions: jax.Array, live: jax.Array,
+    ) -> tuple[Sampled, SamplerState]:  # fmt: skip
+        """What follows from having chosen token i32[N]: its scores, and the state behind it."""
+        raw, ctx, seats = self._given(state, logits, seats, positions, live)
+        with jax.named_scope("score"):
+            detail = self._detail(state, raw, z, token, seats, ctx)
         with jax.named_scope("update"):
             processors = tuple(
                 processor.update(held, seats, token, live, z)
                 for processor, held in zip(self.processors, state.processors, strict=True)
             )
             last = state.last_token.at[seats].set(jnp.where(live, token, 0))
-        state = replace(state, last_token=last, processors=processors)
+            length = state.length.at[seats].set(positions + 1)
+        state = replace(state, last_token=last, length=length, processors=processors)
         return Sampled(token, detail, self.carry(state, seats)), state
+
+    def _given(self, state, logits, seats, positions, live) -> tuple[jax.Array, Context, jax.Array]:
+        """float32 logits, the context of each row, and the padding seat for rows that are not live."""
+        seats = jnp.where(live, seats, self.seats)
+        context = Context(positions, positions - state.prompt_length[seats], live)
+        return logits.astype(jnp.float32), context, seats
 
     def carry(self, state: SamplerState, seats: jax.Array) -> jax.Array:
         """f32[N,C]: what the requests at these seats must bring along, besides their tokens, to resume."""
@@ -271,38 +324,25 @@ class Sampler:
                 )
         return z
 
-    def _uniforms(self, state, seats, ctx) -> jax.Array:
-        """f32[N]: the uniform number of each row that draws; 0 where nobody does."""
+    def uniforms(
+        self, state: SamplerState, seats: jax.Array, positions: jax.Array, purpose: Purpose
+    ) -> jax.Array:
+        """f32[N]: the uniform number of each row for the token at its position."""
+        return uniform(row_keys(state.seeds[seats], state.sample_index[seats], positions, purpose))
 
-        def drawn():
-            keys = row_keys(state.seeds[seats], state.sample_index[seats], ctx.positions, Purpose.SAMPLE)
-            return uniform(keys)
+    def _detail(self, state, raw, z, token, seats, ctx) -> jax.Array:
+        """The packed log-probabilities of the tokens, from raw or processed logits."""
+        K = min(self.max_logprobs, self.vocab_size)
+        processed = ctx.live & state.processed[seats]
 
-        return jax.lax.cond((ctx.live & ~state.greedy[seats]).any(), drawn, lambda: jnp.zeros(seats.shape))
+        def full():
+            return score(jnp.where(processed[:, None], z, raw), token, K)
 
-    def _finish(self, state, raw, z, u, seats, ctx) -> tuple[jax.Array, jax.Array]:
-        """Token and detail from raw and processed logits."""
-        live, draws = ctx.live, ctx.live & ~state.greedy[seats]
-        with jax.named_scope("draw"):
-            token = jax.lax.cond(
-                draws.any(),
-                lambda best: jnp.where(draws, draw(z, u, best), best),
-                lambda best: best,
-                first_argmax(z),
-            )
-        with jax.named_scope("score"):
-            K = min(self.max_logprobs, self.vocab_size)
-            processed = live & state.processed[seats]
+        def own():
+            bits = jax.lax.bitcast_convert_type(logprob_of(raw, token), jnp.int32)
+            return jnp.zeros((len(token), 2 + 2 * K), jnp.int32).at[:, 0].set(bits)
 
-            def full():
-                return score(jnp.where(processed[:, None], z, raw), token, K)
-
-            def own():
-                bits = jax.lax.bitcast_convert_type(logprob_of(raw, token), jnp.int32)
-                return jnp.zeros((len(token), 2 + 2 * K), jnp.int32).at[:, 0].set(bits)
-
-            detail = jax.lax.cond((live & state.asks[seats]).any(), full, own)
-        return token, detail
+        return jax.lax.cond((ctx.live & state.asks[seats]).any(), full, own)
 
 
 def first_argmax(z: jax.Array) -> jax.Array:

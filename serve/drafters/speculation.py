@@ -1,0 +1,199 @@
+"""Speculation in an engine: its programs, its part of a step, and what it achieved.
+
+A step with drafts is one program: propose, the target's pass over all slots, accept, commit. A step that carries a
+prompt chunk, or a row whose next tokens hang on the host (a grammar), drafts nothing; the drafter then follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ...attention.batch import Batch, Shape, descriptor_size, make_batch, unpack
+from ...attention.caches.policy import CachePolicy
+from ...model.config import ModelConfig
+from ..sampling.sampler import Sampled, Sampler, SamplerState
+from .draft import Draft, Drafter, DraftShape, Model, Rows, Target, Verifier
+from .history import History
+from .matching import SampleMatching
+from .rejection import RejectionSampling
+
+if TYPE_CHECKING:
+    from ..programs import Programs
+
+
+@dataclass
+class Acceptance:
+    """What speculation achieved: `rows` verified with `drafted` tokens at most, and how many of them emitted at least
+    i + 1 tokens (`emitted[i]`; the first is the target's own)."""
+
+    rows: int = 0
+    drafted: int = 0
+    emitted: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a row's verification emitted on average; 1 is plain decoding."""
+        return sum(self.emitted) / self.rows if self.rows else 0.0
+
+    def add(self, depth: int, count: int) -> None:
+        self.rows += 1
+        self.drafted += depth
+        self.emitted.extend([0] * (depth + 1 - len(self.emitted)))
+        for place in range(count):
+            self.emitted[place] += 1
+
+
+class Speculation:
+    """A drafter and a verifier, bound to a target."""
+
+    def __init__(self, drafter: Drafter, target: Target):
+        self.drafter, self.opened = drafter, drafter.open(target)
+        self.params, self.state = self.opened.params, self.opened.state
+        self.acceptance = Acceptance()
+
+    @property
+    def shapes(self) -> tuple[DraftShape, ...]:
+        return self.drafter.shapes
+
+    @property
+    def slots(self) -> int:
+        """The most slots of a draft."""
+        return max(shape.slots for shape in self.shapes)
+
+    def sampler(self, sampler: Sampler, size: int) -> Sampler:
+        """The sampler with what the drafter wants to know of each seat's text, of at most `size` tokens."""
+        if not self.opened.history:
+            return sampler
+        return sampler.with_processor(History(size))
+
+    def choose(self, rows: int) -> DraftShape | None:
+        """The draft of the next step, for so many rows; None: decode plainly."""
+        del rows
+        return self.shapes[-1]
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def step(self, programs: Programs, shape: DraftShape, rows: int, packed: np.ndarray) -> Sampled:
+        """Dispatch a step with drafts for a width of `rows`."""
+        with jax.profiler.TraceAnnotation("verify"):
+            sampled, programs.state, programs.sampler_state, self.state = programs.compiled[shape, rows](
+                programs.params, programs.state, programs.sampler_state, self.params, self.state, packed
+            )
+        return sampled
+
+    def follow(self, programs: Programs, shape: Shape, packed: np.ndarray) -> None:
+        """Dispatch what the drafter does beside a step without drafts."""
+        if self.opened.follows:
+            seated = programs.sampler_state
+            self.state = programs.compiled["follow", shape](
+                self.params, self.state, seated.last_token, seated.length, packed
+            )
+
+    # -- programs ------------------------------------------------------------------------------------------
+
+    def jobs(
+        self, programs: Programs, build: Callable[..., Any], spec: Callable[[Any], Any], ints: Callable[..., Any],
+        places: Any,
+    ) -> dict[Any, Callable[[], Any]]:  # fmt: skip
+        """Key -> what compiles that program; `build`, `spec` and `ints` are those of `Programs`, `places` is where the
+        target's state lies."""
+        plan, width, size = programs.plan, programs.width, programs.page_size
+        params, state, seated = spec(programs.params), spec(programs.state), spec(programs.sampler_state)
+        drafting, drafts, whole = spec(self.params), spec(self.state), programs.whole
+        jobs: dict[Any, Callable[[], Any]] = {}
+        for draft in self.shapes:
+            for rows in plan.widths:
+                run = self.verifies(programs.graphdef, programs.sampler, draft, rows, width, size)
+                packed = ints((descriptor_size(Shape(rows, 1, 0, 0), width),))
+                jobs[draft, rows] = build(
+                    f"verify_B{rows}_q{draft.slots}", run, (1, 2, 4), params, state, seated, drafting, drafts, packed,
+                    out=(whole, places, whole, whole),
+                )  # fmt: skip
+        for shape in plan.backbones() if self.opened.follows else ():
+            run, packed = self.follows(shape, width, size), ints((descriptor_size(shape, width),))
+            name = f"follow_B{shape.B}_C{shape.C}"
+            jobs["follow", shape] = build(
+                name, run, (1,), drafting, drafts, seated.last_token, seated.length, packed
+            )
+        return jobs
+
+    def verifies(self, graphdef: nnx.GraphDef, sampler: Sampler, shape: DraftShape, rows: int, width: int,
+                 page_size: int) -> Callable:  # fmt: skip
+        """(params, state, sampler_state, draft params, draft state, packed) -> (Sampled, state, sampler_state, draft
+        state); the three states are donated."""
+        opened = self.opened
+
+        def run(
+            params: Any, state: tuple, seated: SamplerState, drafting: Any, drafts: Any, packed: jax.Array
+        ):
+            decoder = nnx.merge(graphdef, params)
+            row = read_rows(rows, width, packed, seated)
+            model = Model(decoder, state, page_size)
+            draft, drafts, state = opened.propose(drafting, drafts, row, shape, sampler, seated, model)
+            batch = tree_batch(row, draft, shape, page_size)
+            x, state = decoder.run(
+                decoder.embed(batch.tokens, batch), state, batch, range(decoder.num_layers)
+            )
+            logits = decoder.head(decoder.normalise(x)).reshape(rows, shape.slots, -1)
+            verifier: Verifier = SampleMatching() if draft.probs is None else RejectionSampling()
+            accepted, seated = verifier.accept(sampler, seated, draft, logits, row, shape.depth)
+            if not shape.chain:
+                state = tuple(entry.commit(batch, accepted.path) for entry in state)
+            drafts = opened.commit(drafting, drafts, row, draft, logits, accepted)
+            return accepted.sampled, state, seated, drafts
+
+        return run
+
+    def follows(self, shape: Shape, width: int, page_size: int) -> Callable:
+        """(draft params, draft state, last_token, length, packed) -> draft state, donated: a step without drafts."""
+        opened = self.opened
+
+        def run(drafting: Any, drafts: Any, last_token: jax.Array, length: jax.Array, packed: jax.Array):
+            return opened.follow(
+                drafting, drafts, unpack(shape, width, page_size, packed, last_token, length)
+            )
+
+        return run
+
+
+def read_rows(B: int, width: int, packed: jax.Array, seated: SamplerState) -> Rows:
+    """The rows of a step's descriptor; how long they are only the device knows."""
+    seats, live = packed[B : 2 * B], packed[:B] > 0
+    table = packed[3 * B : (3 + width) * B].reshape(B, width)
+    return Rows(jnp.where(live, seated.length[seats], 1), seats, live, table, seated.last_token[seats])
+
+
+def tree_batch(rows: Rows, draft: Draft, shape: DraftShape, page_size: int) -> Batch:
+    """The target's batch: slot j of a row is stored j behind its root."""
+    B, N = draft.token.shape
+    return make_batch(
+        Shape(B, N, 0, 0), page_size, tokens=draft.token.reshape(-1),
+        lengths=jnp.where(rows.live, rows.lengths - 1 + N, 0), page_table=rows.page_table,
+        query_starts=jnp.zeros((1,), jnp.int32), seats=rows.seats,
+        depths=None if shape.chain else draft.depth,
+        ancestors=None if shape.chain else draft.ancestors(),
+    )  # fmt: skip
+
+
+def check_drafter(drafter: Drafter, cache: CachePolicy, config: ModelConfig, *, devices: int) -> None:
+    """ValueError where an engine cannot speculate."""
+    if config.recurrent:
+        raise ValueError(
+            f"drafter={drafter!r} needs rejected tokens forgotten, but {config.model_type} has recurrent layers, whose "
+            "state cannot go back; leave drafter=None"
+        )
+    if not cache.abilities.can_roll_back:
+        raise ValueError(
+            f"drafter={drafter!r} needs rejected tokens forgotten, which cache={cache!r} cannot; leave one of them None"
+        )
+    if devices > 1:
+        raise ValueError(
+            f"drafter={drafter!r} drafts on one device, but tensor_parallel_size={devices}; leave one of them out"
+        )
