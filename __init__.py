@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .serve.bounds import QueueFull
     from .serve.drafters.copy_spec import CopySpec
     from .serve.drafters.draft_model import DraftModel
+    from .serve.drafters.smart_spec import SmartSpec
     from .serve.drafters.token_recycling import TokenRecycling
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
@@ -49,6 +50,7 @@ _HOMES = {
     "Castillo": "serve.policies.castillo",
     "CopySpec": "serve.drafters.copy_spec",
     "DraftModel": "serve.drafters.draft_model",
+    "SmartSpec": "serve.drafters.smart_spec",
     "TokenRecycling": "serve.drafters.token_recycling",
     "BestOfN": "serve.search.best_of_n",
     "FirstFinish": "serve.search.first_finish",
@@ -80,6 +82,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SarathiServe",
+    "SmartSpec",
     "SplitFuse",
     "StructuredOutputs",
     "TokenRecycling",

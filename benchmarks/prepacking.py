@@ -22,7 +22,8 @@ import numpy as np
 from common import interleaved, others_load, require_quiet, table
 from tokenloom import LLM
 from tokenloom.attention.batch import Shape, pack
-from tokenloom.serve.programs import BucketPlan, Programs
+from tokenloom.serve.buckets import BucketPlan
+from tokenloom.serve.programs import Programs
 from tokenloom.serve.sampling.sampler import Sampler
 
 SHORTEST, LONGEST, A_CALL, PAGE, FULL = 16, 512, 8, 16, 2048

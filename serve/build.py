@@ -25,13 +25,15 @@ from ..pallas_kernels.attention.tuned import tiles_folder
 from ..pallas_kernels.chips import Chip
 from ..sharding.placement import Placement
 from .bounds import Bounds
+from .buckets import BucketPlan
 from .cache_rules import check_cache, hold, no_prefix_cache
+from .drafters.controller import Controller
 from .drafters.draft import Drafter, Target
 from .drafters.speculation import Speculation, check_drafter
 from .engine import Engine
 from .pages import PageAllocator
 from .policies.policy import Policy
-from .programs import BucketPlan, Programs
+from .programs import Programs
 from .sampling.sampler import CONSTRAINED, DEFAULT, Sampler
 from .snapshots import Snapshots
 from .telemetry.engine import MeasuredEngine
@@ -70,6 +72,7 @@ class Build:
     tensor_parallel_size: int = 1
     cache: CachePolicy = Pages()
     drafter: Drafter | None = None
+    controller: Controller | None = None
 
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")
@@ -276,7 +279,9 @@ def build_engine(
     speculation = None
     if build.drafter is not None:
         check_drafter(build.drafter, cache, config, devices=build.tensor_parallel_size)
-        speculation = Speculation(build.drafter, Target(config, numerics, tokenizer, capacity, length))
+        speculation = Speculation(
+            build.drafter, Target(config, numerics, tokenizer, capacity, length), build.controller
+        )
         sampler = speculation.sampler(sampler, length + slack)
     programs = Programs(
         graphdef, params, state, sampler,

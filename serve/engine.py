@@ -157,8 +157,7 @@ class Engine:
         scores = self._score(prompt_x, scored) if scored else None
         logprobs = any(sequence.owner.logprobs is not None for _, sequence, _ in rows)
         carry = any(sequence.owner.request.params.carries for _, sequence, _ in rows)
-        drafted = 0 if work.draft is None else work.draft.depth
-        launched = Launched(sampled, rows, logprobs, carry, scores, scored, drafted)
+        launched = Launched(sampled, rows, logprobs, carry, scores, scored, work.draft)
         launched.send()
         self.steps += 1
         self.real_tokens += len(work.decodes) + sum(chunk.count for chunk in work.chunks)
@@ -231,16 +230,15 @@ class Engine:
         """Read a step's tokens, advance its samples, end those that are done."""
         if launched.scored:
             read_scores(self.tokenizer, read(np.asarray(launched.scores)), launched.scored)
-        advanced, now = [], time()
+        advanced, counts, now = [], [], time()
         for sequence, emitted in launched.read(self.tokenizer):
             sample: Sample = sequence.owner
-            self.scheduler.read(sequence, len(emitted), launched.drafted)
+            self.scheduler.read(sequence, len(emitted), 0 if launched.draft is None else launched.draft.depth)
             for token, entry, sample.carry in emitted:
                 sample.accept(token, entry, self.weight_version)
                 if sample.finish_reason is not None:
                     break
-            if launched.drafted and self.programs.speculation is not None:
-                self.programs.speculation.acceptance.add(launched.drafted, len(emitted))
+            counts.append(len(emitted))
             metrics = sample.request.metrics
             metrics.first_token_time, metrics.last_token_time = metrics.first_token_time or now, now
             if sample.finish_reason is not None:
@@ -248,6 +246,8 @@ class Engine:
                 if sample.request.finished:
                     metrics.finished_time = now
             advanced.append(sample)
+        if launched.draft is not None and self.programs.speculation is not None:
+            self.programs.speculation.observe(launched.draft, counts)
         self._stop_early([sample for sample in advanced if sample.finish_reason and sample.request.until])
         return advanced
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .drafters.draft import DraftShape
 from .outputs import Logprob
 from .request import make_logprobs
 from .sampling.sampler import Sampled, read
@@ -25,8 +26,8 @@ class Emitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Launched:
-    """A dispatched step: its sampled tokens (on the device), which row belongs to whom, prompt scores; `drafted` tokens
-    at most could be accepted beside each sampled one."""
+    """A dispatched step: its sampled tokens (on the device), which row belongs to whom, prompt scores, what was drafted
+    in it."""
 
     sampled: Sampled
     rows: list[tuple[int, Sequence, int]]
@@ -34,7 +35,7 @@ class Launched:
     carry: bool
     scores: Any
     scored: list[tuple[int, Chunk]]
-    drafted: int = 0
+    draft: DraftShape | None = None
 
     def send(self) -> None:
         """Start the copies to the host of what will be read."""

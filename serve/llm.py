@@ -22,6 +22,7 @@ from ..model.transforms.transform import Transform
 from . import chat
 from .bounds import Bounds
 from .build import Build, build_engine, open_model, open_tokenizer
+from .drafters.controller import Controller
 from .drafters.draft import Drafter
 from .interrupt import deferred_interrupt
 from .locks import FairLock
@@ -75,6 +76,8 @@ class LLM:
             every key and value in pages. `repr` says what a cache goes without.
         drafter: guesses tokens ahead, which the model then checks all at once (`serve.drafters`): DraftModel,
             TokenRecycling, CopySpec. None: one token at a time.
+        controller: decides from load and acceptance how much is drafted, and when nothing is: SmartSpec. None: the
+            drafter's most, in every step that carries no prompt.
         transforms: what changes the model before it runs (`model.transforms`): Int8(), Int4(), Fp8() and others, in
             order. `save` records them, and the saved checkpoint opens as it is.
         calibration: texts or lists of token ids that transforms look at, where they need any.
@@ -94,7 +97,7 @@ class LLM:
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
         tensor_parallel_size: int = 1, cache: CachePolicy | None = None, transforms: Sequence[Transform] = (),
-        drafter: Drafter | None = None,
+        drafter: Drafter | None = None, controller: Controller | None = None,
         calibration: Sequence[str | Sequence[int]] | None = None,
     ):  # fmt: skip
         build = Build(
@@ -104,6 +107,7 @@ class LLM:
             overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
             tensor_parallel_size=tensor_parallel_size,
             bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
+            controller=controller,
         )  # fmt: skip
         opened = open_model(model, dtype, build)
         self.name, self.folder, self.seed, self.progress = opened.name, opened.folder, seed, progress
@@ -117,6 +121,8 @@ class LLM:
         programs = self.engine.programs
         programs.compile(progress)
         self.engine.scheduler.policy.calibrate(programs.plan.chunks, programs.measure)
+        if programs.speculation is not None:
+            programs.speculation.calibrate(programs)
         self.telemetry, self.cache = build.telemetry, build.cache
         if isinstance(self.engine, MeasuredEngine):
             self.engine.telemetry.start(self.name, self.config, self.engine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..attention.batch import NULL_PAGE, Shape, pack
-from .programs import BucketPlan
+from .buckets import BucketPlan
 from .scheduler import Chunk, Sequence, Work
 
 

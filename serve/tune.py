@@ -30,8 +30,8 @@ from ..pallas_kernels.attention.tpu import TpuKernels
 from ..pallas_kernels.attention.triton import TritonKernels
 from ..pallas_kernels.attention.tuned import Tuned, save, tiles_folder
 from ..pallas_kernels.chips import Chip
+from .buckets import BucketPlan
 from .build import Build, choose_length, choose_numerics, pool_bytes, usual_page_size
-from .programs import BucketPlan
 from .workload import Heads, Inputs, Work, bursts, side_by_side
 
 PLATFORMS = ("cpu", "tpu", "gpu", "cuda", "rocm")

@@ -15,10 +15,10 @@ from tokenloom.model import checkpoint
 from tokenloom.model.checkpoint import random_params
 from tokenloom.model.config import ModelConfig, llama_config
 from tokenloom.model.layers import Numerics
+from tokenloom.serve.buckets import BucketPlan
 from tokenloom.serve.build import Build, build_engine
 from tokenloom.serve.engine import Engine
 from tokenloom.serve.outputs import RequestOutput
-from tokenloom.serve.programs import BucketPlan
 from tokenloom.serve.request import Request
 from tokenloom.serve.tokenizer import Tokenizer
 from tokenloom.serve.weights import plan_swap

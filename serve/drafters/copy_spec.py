@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from ...attention.batch import Batch
 from ..sampling.sampler import Sampler, SamplerState
-from .draft import Accepted, Draft, Drafter, DraftShape, Model, Opened, Rows, Target
+from .draft import Accepted, Draft, Drafter, DraftShape, Model, Opened, Rows, Target, Verifier
 from .history import History
+from .matching import SampleMatching
 
 
 def find(tokens: jax.Array, count: jax.Array, match: int, latest: bool = False) -> jax.Array:
@@ -69,6 +70,7 @@ class OpenedCopySpec:
     def __init__(self, settings: CopySpec, fallback: Opened | None):
         self.settings, self.fallback = settings, fallback
         self.params, self.state = (fallback.params, fallback.state) if fallback else ({}, {})
+        self.verifier: Verifier = fallback.verifier if fallback else SampleMatching()
 
     @property
     def follows(self) -> bool:

@@ -136,6 +136,11 @@ class Opened(Protocol):
     def history(self) -> bool: ...
 
     @property
+    def verifier(self) -> Verifier:
+        """Who may judge its drafts: the law by which they were drawn decides."""
+        ...
+
+    @property
     def follows(self) -> bool:
         """Whether `follow` has anything to do."""
         ...

@@ -23,12 +23,14 @@ from ..sampling.keys import Purpose
 from ..sampling.sampler import Sampler, SamplerState
 from ..tokenizer import Tokenizer
 from .draft import Accepted, Draft, DraftShape, Model, Rows, Target
+from .matching import SampleMatching
+from .rejection import RejectionSampling
 
 
 @dataclass(frozen=True)
 class DraftModel:
     """model: a checkpoint's folder, a hub name or "demo-draft", or a config whose weights are drawn from `seed`; its
-    tokenizer must be the target's. tokens: how many it drafts a step, or several numbers for a controller to choose from.
+    tokenizer must be the target's. tokens: how many it drafts a step, or several numbers of which a controller chooses.
 
     verify: "rejection" draws drafts as the request draws its tokens and keeps the target's distribution (speculative
     sampling); "matching" drafts the most likely tokens and keeps the very tokens of plain decoding, at a lower
@@ -88,15 +90,15 @@ def _check(config: ModelConfig, folder: Path | None, target: Target) -> None:
         )
     if not all(isinstance(block.mixer, AttentionConfig) for block in config.blocks):
         raise ValueError(
-            f"the draft model ({config.model_type}) has recurrent layers, which cannot forget rejected tokens; take one "
-            "with attention only"
+            f"the draft model ({config.model_type}) has recurrent layers, which cannot forget rejected tokens; take "
+            "one with attention only"
         )
-    if folder is not None and target.tokenizer is not None:
-        if not Tokenizer.load(folder).same_ids(target.tokenizer):
-            raise ValueError(
-                f"the draft model {folder.name!r} has another tokenizer than the target: the same token ids stand for "
-                "other texts; take a draft model of the target's family"
-            )
+    known = target.tokenizer
+    if folder is not None and known is not None and not Tokenizer.load(folder).same_ids(known):
+        raise ValueError(
+            f"the draft model {folder.name!r} has another tokenizer than the target: the same token ids stand for other "
+            "texts; take a draft model of the target's family"
+        )
     longest = config.max_position
     if config.learned_positions is not None and longest < target.length:
         raise ValueError(
@@ -112,6 +114,7 @@ class OpenedDraftModel:
 
     def __init__(self, graphdef: nnx.GraphDef, params: Any, state: tuple, draws: bool):
         self.graphdef, self.params, self.state, self.draws = graphdef, params, state, draws
+        self.verifier = RejectionSampling() if draws else SampleMatching()
 
     def _run(self, params: Any, state: tuple, batch: Batch) -> tuple[Any, jax.Array, tuple]:
         model = nnx.merge(self.graphdef, params)

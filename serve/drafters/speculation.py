@@ -6,8 +6,10 @@ prompt chunk, or a row whose next tokens hang on the host (a grammar), drafts no
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,10 +21,9 @@ from ...attention.batch import Batch, Shape, descriptor_size, make_batch, unpack
 from ...attention.caches.policy import CachePolicy
 from ...model.config import ModelConfig
 from ..sampling.sampler import Sampled, Sampler, SamplerState
-from .draft import Draft, Drafter, DraftShape, Model, Rows, Target, Verifier
+from .controller import Always, Controller
+from .draft import Draft, Drafter, DraftShape, Model, Rows, Target
 from .history import History
-from .matching import SampleMatching
-from .rejection import RejectionSampling
 
 if TYPE_CHECKING:
     from ..programs import Programs
@@ -51,10 +52,11 @@ class Acceptance:
 
 
 class Speculation:
-    """A drafter and a verifier, bound to a target."""
+    """A drafter and its controller, bound to a target."""
 
-    def __init__(self, drafter: Drafter, target: Target):
+    def __init__(self, drafter: Drafter, target: Target, controller: Controller | None = None):
         self.drafter, self.opened = drafter, drafter.open(target)
+        self.controller = Always() if controller is None else controller
         self.params, self.state = self.opened.params, self.opened.state
         self.acceptance = Acceptance()
 
@@ -73,10 +75,32 @@ class Speculation:
             return sampler
         return sampler.with_processor(History(size))
 
+    def calibrate(self, programs: Programs) -> None:
+        """Let the controller measure the compiled programs."""
+        self.controller.calibrate(self.shapes, programs.plan.widths, partial(self.measure, programs))
+
+    def measure(self, programs: Programs, shape: DraftShape | None, rows: int, repeats: int = 3) -> float:
+        """Seconds of a step of decodes with this draft (None: plain) at a width: the best of `repeats`. All its rows
+        stand at the padding seat, so no request's state changes."""
+        plain = Shape(rows, 1, 0, 0)
+        packed = np.zeros(descriptor_size(plain, programs.width), np.int32)
+        packed[:rows], packed[rows : 2 * rows], packed[2 * rows : 3 * rows] = 1, programs.plan.max_num_seqs, 1
+        best = float("inf")
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(programs.step(plain, packed, draft=shape)[0].token)
+            best = min(best, time.perf_counter() - start)
+        return best
+
     def choose(self, rows: int) -> DraftShape | None:
         """The draft of the next step, for so many rows; None: decode plainly."""
-        del rows
-        return self.shapes[-1]
+        return self.controller.choose(rows)
+
+    def observe(self, shape: DraftShape, emitted: list[int]) -> None:
+        """What each row of a step with this draft emitted."""
+        for count in emitted:
+            self.acceptance.add(shape.depth, count)
+        self.controller.observe(shape, emitted)
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -142,8 +166,7 @@ class Speculation:
                 decoder.embed(batch.tokens, batch), state, batch, range(decoder.num_layers)
             )
             logits = decoder.head(decoder.normalise(x)).reshape(rows, shape.slots, -1)
-            verifier: Verifier = SampleMatching() if draft.probs is None else RejectionSampling()
-            accepted, seated = verifier.accept(sampler, seated, draft, logits, row, shape.depth)
+            accepted, seated = opened.verifier.accept(sampler, seated, draft, logits, row, shape.depth)
             if not shape.chain:
                 state = tuple(entry.commit(batch, accepted.path) for entry in state)
             drafts = opened.commit(drafting, drafts, row, draft, logits, accepted)

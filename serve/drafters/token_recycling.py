@@ -19,6 +19,7 @@ import numpy as np
 from ...attention.batch import Batch
 from ..sampling.sampler import Sampler, SamplerState
 from .draft import Accepted, Draft, DraftShape, Model, Rows, Target
+from .matching import SampleMatching
 
 
 @cache
@@ -84,6 +85,7 @@ class OpenedTokenRecycling:
     """params: nothing. state: the matrix i32[V,k]; a row of zeros is a token not seen yet."""
 
     history = follows = False
+    verifier = SampleMatching()
 
     def __init__(self, settings: TokenRecycling, vocab: int):
         self.settings, self.params = settings, {}
