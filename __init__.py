@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .serve.drafters.token_recycling import TokenRecycling
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
+    from .serve.planner.plan import plan
     from .serve.policies.batch_llm import BatchLLM
     from .serve.policies.castillo import Castillo
     from .serve.policies.fair import Fair
@@ -40,6 +41,7 @@ _HOMES = {
     "CompletionOutput": "serve.outputs",
     "RepetitionDetectionParams": "serve.repetition",
     "StructuredOutputs": "serve.sampling.structured",
+    "plan": "serve.planner.plan",
     "QueueFull": "serve.bounds",
     "SarathiServe": "serve.policies.sarathi",
     "SplitFuse": "serve.policies.split_fuse",
@@ -87,6 +89,7 @@ __all__ = [
     "StructuredOutputs",
     "TokenRecycling",
     "__version__",
+    "plan",
 ]
 
 

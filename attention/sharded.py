@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from .ops import AttentionSpec, Backend, Layout, PagedView, Tree
 
@@ -23,7 +23,7 @@ class Sharded:
     """
 
     backend: Backend
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     axis: str
     rep: str | None = None
 

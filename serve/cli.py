@@ -1,4 +1,4 @@
-"""The command line: generate, chat, info, bench, tune, batch, serve, watch, timeline."""
+"""The command line: generate, chat, info, bench, tune, plan, batch, serve, watch, timeline."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .planner.command import add_command
 
 API_KEY = "TOKENLOOM_API_KEY"
 
@@ -66,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     _tune_options(commands)
+    add_command(commands)
     _batch_options(commands)
     _serve_options(commands)
     _telemetry_options(commands)

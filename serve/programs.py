@@ -106,12 +106,12 @@ class Programs:
         self.graphdef, self.params, self.state = graphdef, params, state
         self.sampler, self.plan, self.speculation = sampler, plan, speculation
         self.page_size, self.width, self.period = page_size, width, period
-        self.whole, self.sampler_state = whole, jax.device_put(jax.jit(sampler.init)(), whole)
+        self.whole, self.sampler_state = whole, sampler.start(whole)
         self.compiled: dict[Any, Any] = {}
         self.compilations = Compilations(strict, str(plan))
 
     def _jobs(self) -> dict[Any, Callable[[], Any]]:
-        """Key -> a function that lowers and compiles that program."""
+        """Key -> a function that lowers that program."""
         plan, hidden = self.plan, jax.eval_shape(self._hidden, self.params)
         spec = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding))
         params, state, sampler_state = spec(self.params), spec(self.state), spec(self.sampler_state)
@@ -128,7 +128,7 @@ class Programs:
             function = jax.named_scope(name)(function)  # in traces: the program and its operations
             function.__name__ = name
             placed = {} if self.whole is None else {"out_shardings": out}
-            return lambda: jax.jit(function, donate_argnums=donate, **placed).lower(*args).compile()
+            return lambda: jax.jit(function, donate_argnums=donate, **placed).lower(*args)
 
         def places(specs: tuple) -> tuple:
             return jax.tree.map(lambda spec: spec.sharding, specs)
@@ -168,7 +168,7 @@ class Programs:
         """Compile the whole grid in parallel threads."""
         jobs = self._jobs()
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            futures = {key: pool.submit(job) for key, job in jobs.items()}
+            futures = {key: pool.submit(lambda job: job().compile(), job) for key, job in jobs.items()}
             keys: Iterable[Any] = tqdm(
                 futures, "compiling", unit="program", leave=False, disable=not progress
             )

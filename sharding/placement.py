@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..attention.ops import Backend
 from ..attention.sharded import Sharded
@@ -40,15 +40,16 @@ def possible_sizes(heads: Heads, limit: int) -> list[int]:
     return [size for size in range(1, limit + 1) if split_heads(size, heads) is not None]
 
 
-def needs_split(size: int, heads: Heads, limit: int) -> tuple[int, int]:
-    """`split_heads`, or ValueError with the nearest sizes (up to `limit` devices) that work."""
+def needs_split(size: int, heads: Heads, limit: int, asked: str | None = None) -> tuple[int, int]:
+    """`split_heads`, or ValueError with the nearest sizes (up to `limit` devices) that work; `asked` is how the message
+    names what was asked."""
     found = split_heads(size, heads)
     if found is None:
         near = sorted(possible_sizes(heads, limit), key=lambda other: (abs(other - size), -other))[:3]
         shown = " and ".join(f"{query} query heads with {kv} KV heads" for query, kv in sorted(set(heads)))
         raise ValueError(
-            f"tensor_parallel_size={size} splits neither the model's KV heads nor whole groups of queries: it has "
-            f"{shown}; the nearest sizes that do are {', '.join(map(str, near))}"
+            f"{asked or f'tensor_parallel_size={size}'} splits neither the model's KV heads nor whole groups of "
+            f"queries: it has {shown}; the nearest sizes that do are {', '.join(map(str, near))}"
         )
     return found
 
@@ -58,7 +59,7 @@ class Placement:
     """Weights and pages follow the plan; what a step brings and takes is whole on every device."""
 
     plan: Plan
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     @staticmethod
     def tensor(size: int, heads: Heads = ()) -> Placement:
@@ -73,11 +74,16 @@ class Placement:
         return Placement.over(devices[:size], needs_split(size, heads, len(devices)))
 
     @staticmethod
-    def over(devices: Sequence[Any], split: tuple[int, int]) -> Placement:
-        """The tensor plan over these devices, also compile-only ones, with `split` from `split_heads`."""
-        if split[1] == 1:
-            return Placement(TENSOR, Mesh(np.array(devices), ("tensor",)))
-        return Placement(GROUPED, Mesh(np.array(devices).reshape(split), ("kv", "rep")))
+    def over(devices: Sequence[Any] | None, split: tuple[int, int]) -> Placement:
+        """The tensor plan over these devices, also compile-only ones, with `split` from `split_heads`. None: a mesh
+        of no devices in particular, to plan with."""
+        shares, repeats = split
+        plan, sizes, names = (
+            (TENSOR, (shares,), ("tensor",)) if repeats == 1 else (GROUPED, split, ("kv", "rep"))
+        )
+        if devices is None:
+            return Placement(plan, AbstractMesh(sizes, names))
+        return Placement(plan, Mesh(np.array(devices).reshape(sizes), names))
 
     @property
     def whole(self) -> NamedSharding:

@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..attention.caches.paged import PagedKV
 
 LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "layers")
 
+AnyMesh = Mesh | AbstractMesh
 Target = str | tuple[str, ...]
 """A mesh axis, or several that split one dimension together, the first of them slowest."""
 
@@ -43,7 +44,7 @@ class Plan:
                 f"plan {self.name!r} names unknown logical axes {unknown}; known: {', '.join(LOGICAL)}"
             )
 
-    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
         """The partition of an array whose trailing dimensions have these logical axes.
 
         A mesh axis that two dimensions claim goes to the first (weights of attention have both `heads` and
@@ -69,7 +70,7 @@ class Plan:
             parts.append(target)
         return PartitionSpec(*parts)
 
-    def place_params(self, graphdef: nnx.GraphDef, specs: Mapping[Any, Any], mesh: Mesh) -> Any:
+    def place_params(self, graphdef: nnx.GraphDef, specs: Mapping[Any, Any], mesh: AnyMesh) -> Any:
         """ShapeDtypeStructs of the params -> the same with their shardings."""
         module = nnx.merge(graphdef, specs)
         axes = nnx.to_pure_dict(
@@ -84,7 +85,7 @@ class Plan:
             is_leaf=lambda v: isinstance(v, jax.ShapeDtypeStruct),
         )  # fmt: skip
 
-    def place_state(self, specs: tuple, mesh: Mesh) -> tuple:
+    def place_state(self, specs: tuple, mesh: AnyMesh) -> tuple:
         """ShapeDtypeStructs of the state -> the same with their shardings: pages and scales [M,Hkv,...] by KV head."""
         target = dict(self.table).get("kv_heads")
 
@@ -95,7 +96,7 @@ class Plan:
         return tuple(jax.tree.map(partial(one, entry), entry) for entry in specs)
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+def _placed(leaf: jax.ShapeDtypeStruct, mesh: AnyMesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
 

@@ -164,6 +164,10 @@ class Sampler:
             processors=tuple(p.init(self.seats, self.vocab_size) for p in self.processors),
         )
 
+    def start(self, sharding: jax.sharding.Sharding | None) -> SamplerState:
+        """`init` on its devices."""
+        return jax.device_put(jax.jit(self.init)(), sharding)
+
     def row(
         self,
         params: SamplingParams,

@@ -1,0 +1,121 @@
+"""The engine's own programs, compiled for a slice that is not here: what they take, and what they send."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ...attention.batch import Shape
+from ..programs import Programs
+from ..sampling.sampler import Sampler, SamplerState
+from .floors import Work, backbone_work, head_work
+from .memory import Case
+from .schedule import Collective, collectives
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program. Bytes are one device's: arguments as predicted (None: not predicted) and as the executable
+    has them, temporaries, results that are not written in place, code. collectives: None where the compiler's text
+    cannot be read."""
+
+    name: str
+    seconds: float
+    predicted_arguments: int | None
+    arguments: int
+    temporaries: int
+    results: int
+    code: int
+    collectives: tuple[Collective, ...] | None
+    work: Work | None = None
+
+    @property
+    def deviation(self) -> float | None:
+        """Predicted arguments over actual ones, minus 1."""
+        return None if self.predicted_arguments is None else self.predicted_arguments / self.arguments - 1
+
+
+@dataclass(frozen=True)
+class PlannedSampler(Sampler):
+    """A sampler whose state has shapes and places, but no numbers."""
+
+    def start(self, sharding: jax.sharding.Sharding | None) -> SamplerState:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self.init),
+        )
+
+
+class PlannedPrograms(Programs):
+    """The programs of an engine that is not built: they lower and compile, and there is nothing to run them on."""
+
+    @staticmethod
+    def of(case: Case) -> PlannedPrograms:
+        sampler = PlannedSampler(case.config.vocab_size, case.seats, case.sampler.processors)
+        return PlannedPrograms(
+            case.graphdef, case.params, case.state(case.pages), sampler, case.buckets,
+            page_size=case.page_size, width=case.width, period=case.period, whole=case.place.whole,
+        )  # fmt: skip
+
+    def chosen(self, full: bool) -> dict[Any, Any]:
+        """Jobs by key: a decode step's two programs and the largest prefill, or all."""
+        jobs, plan = self._jobs(), self.plan
+        wanted = (
+            plan.shape(plan.max_num_seqs, 0),
+            ("head", plan.max_num_seqs),
+            plan.shape(0, plan.chunks[-1]),
+        )
+        return jobs if full else {key: jobs[key] for key in wanted}
+
+
+def compile_programs(case: Case, full: bool) -> Iterator[Program]:
+    """The programs of a case, one after the other."""
+    case = replace(case, devices=tuple(case.topology.compile_only()))
+    programs = PlannedPrograms.of(case)
+    for key, job in programs.chosen(full).items():
+        started = time.perf_counter()
+        lowered = job()
+        executable = lowered.compile()
+        seconds = time.perf_counter() - started
+        yield _read(case, key, executable, _text(executable, lowered), seconds)
+
+
+def _read(case: Case, key: Any, executable: Any, text: str | None, seconds: float) -> Program:
+    """What a report says of one executable; `text`, its schedule."""
+    memory, mesh = executable.memory_analysis(), dict(case.place.mesh.shape)
+    found = None if text is None else tuple(collectives(text, mesh))
+    sent = None if found is None else sum(one.sent for one in found)
+    name, predicted, floor = str(key), None, None
+    if isinstance(key, Shape):
+        name, predicted = _name(key), case.arguments(head=False)
+        floor = backbone_work(case, name, [case.length] * key.B, [(0, key.C)] if key.C else [], sent)
+    elif isinstance(key, tuple):
+        name = f"{key[0]}_{key[1]}"
+        if key[0] == "head":
+            predicted, floor = case.arguments(head=True), head_work(case, name, key[1], sent or 0.0)
+    return Program(
+        name, seconds, predicted, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes, memory.generated_code_size_in_bytes, found, floor,
+    )  # fmt: skip
+
+
+def _name(shape: Shape) -> str:
+    return f"{shape.kind}_B{shape.B}_C{shape.C}"
+
+
+def _text(executable: Any, lowered: Any) -> str | None:
+    """The scheduled program. Where this process cannot read what libtpu hands over (its versions of XLA may differ), it
+    is compiled once more and libtpu writes the text to a file; None when that fails too."""
+    try:
+        return executable.as_text()
+    except jax.errors.JaxRuntimeError:
+        with tempfile.TemporaryDirectory() as folder:
+            lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            files = list(Path(folder).glob("*after_optimizations_after_buffer_assignment.txt"))
+            return files[0].read_text() if files else None

@@ -1,0 +1,205 @@
+"""tokenloom.plan: a model on a slice of TPUs that is not here, from its config alone.
+
+    report = tokenloom.plan("llama-3.1-70b", "v5e:4x4")
+    report.fits, report.advice, report.memory, report.programs
+
+Sizes are predicted from shapes; then the engine's own programs are compiled for the slice by libtpu, and what they
+take is compared with the prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...model.config import ModelConfig, MoEConfig
+from ...sharding.division import Division, divisions
+from ...sharding.topology import GENERATIONS, Topology
+from ..build import Build
+from . import models
+from .compiled import compile_programs
+from .floors import Work, backbone_work, head_work
+from .memory import Case
+from .report import Alternative, Model, Report, Room, Slice
+
+MOST_SEATS = 256
+EIGHT_BITS = ("int8", "fp8", "fp8_e4m3")
+
+
+def plan(
+    model: str | Path | dict[str, Any] | ModelConfig,
+    topology: str,
+    *,
+    plan: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int = 512,
+    kv_cache_dtype: str | None = None,
+    dtype: str | None = None,
+    compile: bool = True,
+    full: bool = False,
+) -> Report:
+    """What `model` needs on `topology`, and how fast it could be at best.
+
+    model: a name (`tokenloom plan --help` lists them), a config.json or a checkpoint's folder; topology: "v5e:4x4" or
+    "v5e-16"; plan: "auto", or factors as in `sharding/division.py`. Sizes are the engine's settings, a replica;
+    max_num_seqs None: as many, in powers of two up to 256, as fit at max_model_len (None: 8,192, or what the model
+    can). compile: also compile a decode step and the largest prefill, or with `full` every program. ValueError for what
+    cannot be, naming the nearest that can; a model that does not fit is a report with advice.
+    """
+    name, config = models.find(model)
+    where = Topology.parse(topology)
+    build = Build(
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs or 1, kv_cache_dtype=kv_cache_dtype,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )  # fmt: skip
+    division = None if plan == "auto" else Division.parse(plan, where.devices)
+    case = _case(config, where, division, build, dtype, max_num_seqs is None)
+    report = _report(name, case, dtype, automatic=max_num_seqs is None)
+    if not compile or not case.fits:
+        return report
+    return replace(report, programs=tuple(compile_programs(case, full)))
+
+
+def _case(
+    config: ModelConfig,
+    where: Topology,
+    division: Division | None,
+    build: Build,
+    dtype: str | None,
+    automatic: bool,
+) -> Case:
+    """The case of a division; None: the widest that fits, else the widest that works."""
+    works = list(_working(config, where, build, dtype, automatic))
+    if division is None:
+        usual = [case for case in works if not case.division.experts]
+        return next((case for case in usual if case.fits), usual[0])
+    found = [case for case in works if case.division == division]
+    if found:
+        return found[0]
+    try:
+        return _sized(Case.of(config, where, division, build, dtype), automatic)
+    except ValueError as error:
+        near = ", ".join(case.division.name for case in works[:4])
+        raise ValueError(f"{error}. Plans of {where} that work: {near}") from error
+
+
+def _working(
+    config: ModelConfig, where: Topology, build: Build, dtype: str | None, automatic: bool
+) -> Iterator[Case]:
+    """Every division of a slice that the model's shapes allow, widest first."""
+    mixture = any(isinstance(block.channel, MoEConfig) for block in config.blocks)
+    for division in divisions(where.devices, mixture):
+        case = Case.of(config, where, division, build, dtype)
+        try:
+            yield _sized(case, automatic)
+        except ValueError:
+            continue
+
+
+def _sized(case: Case, automatic: bool) -> Case:
+    """The case, with as many seats as fit (in powers of two) where nobody said how many. ValueError where the model's
+    shapes do not split."""
+    seats = MOST_SEATS if automatic else case.seats
+    while True:
+        sized = replace(case, build=replace(case.build, max_num_seqs=seats))
+        if sized.fits or not automatic or seats == 1:
+            return sized
+        seats = min(seats // 2, 1 << max(0, sized.sequences_that_fit.bit_length() - 1))
+
+
+def decode_work(case: Case) -> tuple[Work, Work]:
+    """A decode step with every seat at max_model_len: its backbone and its head."""
+    return backbone_work(case, "decode", [case.length] * case.seats, []), head_work(case, "head", case.seats)
+
+
+def _report(name: str, case: Case, dtype: str | None, automatic: bool) -> Report:
+    config, where, build = case.config, case.topology, case.build
+    parameters, stored = sum(leaf.size for leaf in case.leaves.values()), str(case.numerics.param_dtype)
+    chunk = case.buckets.chunks[-1]
+    runs, notes = _notes(case)
+    return Report(
+        Model(name, parameters, config.num_layers, tuple(sorted(config.attention_heads)), stored),
+        Slice(where.name, where.cloud, where.chips, where.devices, where.hosts),
+        case.division.name, case.fits, runs, case.length, case.seats, build.max_num_batched_tokens, str(case.kv_dtype),
+        case.memory,
+        Room(case.kv_bytes, case.token_bytes, case.sequences_that_fit, case.pages, case.page_size),
+        (*decode_work(case), backbone_work(case, "prefill", [], [(0, chunk)])),
+        tuple(_alternative(one) for one in _working(config, where, build, dtype, automatic)),
+        () if case.fits else tuple(_advice(case, dtype)), notes,
+    )  # fmt: skip
+
+
+def _runs(case: Case) -> bool:
+    return not case.division.experts and case.topology.hosts == 1
+
+
+def _alternative(case: Case) -> Alternative:
+    floor = sum(work.seconds for work in decode_work(case))
+    data = case.division.data
+    speed = data * case.seats / floor if case.fits else 0.0
+    return Alternative(
+        case.division.name, _runs(case), case.fits, data * case.sequences_that_fit, floor, speed
+    )
+
+
+def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
+    """Whether the engine can be started so, and what to know about it."""
+    notes = []
+    size, shares = case.division.size, case.place.kv_shards
+    if shares < size and case.kv_bytes:
+        notes.append(
+            f"{size // shares} devices repeat the keys and values of each KV head: {size} devices share {shares}"
+        )
+    if case.division.data > 1:
+        notes.append(
+            f"{case.division.data} replicas are engines of their own, one process each "
+            f"(tensor_parallel_size={size}); sizes and programs are one replica's"
+        )
+    if case.division.experts:
+        notes.append("planned only: the engine has no plan that keeps experts whole on their devices")
+    if case.topology.hosts > 1:
+        notes.append(
+            f"planned only: {case.topology} spans {case.topology.hosts} hosts, and an engine runs on the devices of "
+            f"one process"
+        )
+    return _runs(case), tuple(notes)
+
+
+def _advice(case: Case, dtype: str | None) -> Iterator[str]:
+    """What would make it fit; each was tried."""
+    build, where = case.build, case.topology
+    if case.sequences_that_fit:
+        yield f"fewer sequences: max_num_seqs={case.sequences_that_fit}"
+    shorter = (case.pages_that_fit - 1) // case.seats * case.page_size if case.width else 0
+    if 0 < shorter < case.length:
+        yield f"shorter sequences: max_model_len={shorter}"
+    if case.kv_bytes and build.kv_cache_dtype not in EIGHT_BITS:
+        smaller = replace(case, build=replace(build, kv_cache_dtype="int8"))
+        if smaller.fits:
+            yield "keys and values in 8 bits: kv_cache_dtype=int8"
+    others = (
+        one
+        for one in _working(case.config, where, build, dtype, False)
+        if one.fits and not one.division.experts
+    )
+    if (found := next(others, None)) is not None:
+        yield f"another plan: {found.division.name}"
+    if (larger := _first_that_fits(case, where.larger(), dtype)) is not None:
+        yield f"a larger slice: {larger.topology} with plan {larger.division.name}"
+    for generation in GENERATIONS:
+        if generation != where.generation:
+            other = _first_that_fits(case, generation.topologies(), dtype)
+            if other is not None and other.topology.chips <= where.chips:
+                yield f"another generation: {other.topology} with plan {other.division.name}"
+
+
+def _first_that_fits(case: Case, slices: Iterator[Topology], dtype: str | None) -> Case | None:
+    """The first slice on which some plan holds the same seats at the same length in one replica."""
+    for where in slices:
+        for one in _working(case.config, where, case.build, dtype, False):
+            if one.fits and not one.division.experts:
+                return one
+    return None

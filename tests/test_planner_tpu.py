@@ -1,0 +1,64 @@
+"""The engine's programs compiled for slices that are not here: what executables take is what was predicted.
+
+Four cells of `benchmarks/plan_matrix.py`'s kind that compile quickly: heads in groups on a mesh of two axes, quantised
+keys and values, a mixture, and replicas.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import tokenloom
+
+pytestmark = [
+    pytest.mark.tpu_topology,
+    pytest.mark.skipif(
+        find_spec("libtpu") is None, reason="libtpu is not installed (the dev extra brings it)"
+    ),
+]
+
+
+def small(**more) -> dict:
+    """A Llama of 3 layers, as wide as a large one's smallest share."""
+    return {
+        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "intermediate_size": 4096, "vocab_size": 32000, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", **more,
+    }  # fmt: skip
+
+
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+CELLS = {
+    "v5e:2x4": (small(), {}, "kv x rep"),
+    "v6e:2x2": (small(), {"kv_cache_dtype": "int8"}, "tensor"),
+    "v5p:2x2x1": (small(**MIXTURE), {}, "tensor"),
+    "tpu7x:1x1x1": (small(), {"plan": "data=2"}, ""),
+}
+
+
+@pytest.mark.parametrize("topology", CELLS)
+def test_executables_take_what_was_predicted(topology):
+    raw, more, axis = CELLS[topology]
+    report = tokenloom.plan(
+        raw, topology, max_model_len=2048, max_num_seqs=16, max_num_batched_tokens=64, **more
+    )
+    assert report.fits and [one.name.split("_")[0] for one in report.programs] == [
+        "decode",
+        "head",
+        "prefill",
+    ]
+    for program in report.programs:
+        assert program.deviation is not None and abs(program.deviation) < 0.03, program
+        assert program.temporaries < 0.25 * program.arguments
+        assert program.work is not None and program.work.binds in ("bandwidth", "compute", "interconnect")
+    assert report.compiled_bytes is not None and report.compiled_bytes < report.memory.available
+    decode = report.programs[0]
+    assert decode.collectives is not None
+    reduces = [one for one in decode.collectives if one.kind == "all-reduce"]
+    if not axis:
+        assert not decode.collectives
+        return
+    # The embedding and both mixers of 3 layers, each [16, 2048] in bfloat16 (of a mixture a row for each expert).
+    assert {one.axis for one in reduces} == {axis}
+    rows = sum(one.bytes * one.times for one in reduces) / (2048 * 2)
+    assert rows >= 16 * (1 + 2 * 3) and decode.work is not None
+    assert decode.work.sent == pytest.approx(report.work[0].sent, rel=0.35)
