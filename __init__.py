@@ -9,13 +9,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .model.transforms.cats import CATS
     from .model.transforms.fp8 import Fp8
     from .model.transforms.int4 import Int4
     from .model.transforms.int8 import Int8
+    from .model.transforms.outlier_suppression_plus import OutlierSuppressionPlus
     from .serve.bounds import QueueFull
     from .serve.drafters.copy_spec import CopySpec
     from .serve.drafters.draft_model import DraftModel
+    from .serve.drafters.rsd import RSDC, RSDS
     from .serve.drafters.smart_spec import SmartSpec
+    from .serve.drafters.spectr import SpecTr
     from .serve.drafters.token_recycling import TokenRecycling
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
@@ -52,7 +56,10 @@ _HOMES = {
     "Castillo": "serve.policies.castillo",
     "CopySpec": "serve.drafters.copy_spec",
     "DraftModel": "serve.drafters.draft_model",
+    "RSDC": "serve.drafters.rsd",
+    "RSDS": "serve.drafters.rsd",
     "SmartSpec": "serve.drafters.smart_spec",
+    "SpecTr": "serve.drafters.spectr",
     "TokenRecycling": "serve.drafters.token_recycling",
     "BestOfN": "serve.search.best_of_n",
     "FirstFinish": "serve.search.first_finish",
@@ -60,11 +67,16 @@ _HOMES = {
     "Int8": "model.transforms.int8",
     "Int4": "model.transforms.int4",
     "Fp8": "model.transforms.fp8",
+    "OutlierSuppressionPlus": "model.transforms.outlier_suppression_plus",
+    "CATS": "model.transforms.cats",
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "CATS",
     "LLM",
+    "RSDC",
+    "RSDS",
     "BatchLLM",
     "BestOfN",
     "Castillo",
@@ -77,6 +89,7 @@ __all__ = [
     "Int4",
     "Int8",
     "MajorityVote",
+    "OutlierSuppressionPlus",
     "PrefillFirst",
     "Priority",
     "QueueFull",
@@ -85,6 +98,7 @@ __all__ = [
     "SamplingParams",
     "SarathiServe",
     "SmartSpec",
+    "SpecTr",
     "SplitFuse",
     "StructuredOutputs",
     "TokenRecycling",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from common import LLAMA_125M, checkpoint, interleaved, read_bandwidth, require_quiet, table
@@ -22,11 +23,11 @@ def prompt_ids(batch: int, length: int = PROMPT) -> np.ndarray:
     return np.random.default_rng(1).integers(3, LLAMA_125M["vocab_size"], (batch, length))
 
 
-def tokenloom(dtype: str, batch: int) -> Callable[[], float]:
-    """ms a decode step: the time of OUTPUT tokens less that of one."""
+def tokenloom(dtype: str, batch: int, **more: Any) -> Callable[[], float]:
+    """ms a decode step: the time of OUTPUT tokens less that of one; `more` are options of `LLM`."""
     llm = LLM(
         checkpoint(), dtype=dtype, max_num_seqs=batch, max_model_len=512, progress=False,
-        skip_tokenizer_init=True, max_num_batched_tokens=256, prefix_cache=False,
+        skip_tokenizer_init=True, max_num_batched_tokens=256, prefix_cache=False, **more,
     )  # fmt: skip
     prompts = prompt_ids(batch).tolist()
 

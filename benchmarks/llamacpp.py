@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp as C
@@ -41,7 +42,7 @@ def _interleaved_rope(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def gguf_file(kind: str) -> Path:
-    """The benchmark's checkpoint as GGUF with matrices in f32 or f16, made once a machine."""
+    """The benchmark's checkpoint as GGUF with matrices in f32, f16 or q8_0, made once a machine."""
     folder, raw = checkpoint(), LLAMA_125M
     path = folder / f"model-{kind}.gguf"
     if path.exists():
@@ -68,6 +69,10 @@ def gguf_file(kind: str) -> Path:
             if part.endswith(("q_proj", "k_proj")):
                 heads = raw["num_attention_heads" if "q_proj" in part else "num_key_value_heads"]
                 value = _interleaved_rope(value, heads)
+        if kind == "q8_0" and value.ndim == 2:
+            kept = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{target}.weight", gguf.quants.quantize(value, kept), raw_dtype=kept)
+            continue
         wide = value.ndim == 1 or kind == "f32"
         writer.add_tensor(f"{target}.weight", value.astype(np.float32 if wide else np.float16))
     writer.write_header_to_file()
@@ -83,7 +88,7 @@ class Llama:
     def __init__(self, kind: str, batch: int):
         C.llama_log_set(_quiet_log, ctypes.c_void_p(0))
         settings = C.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = 512 * batch, 512, 512
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = 640 * batch, 512, 512
         settings.n_seq_max, settings.kv_unified = batch, False
         settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
         self.model = C.llama_model_load_from_file(
@@ -155,13 +160,13 @@ def check_same_tokens() -> None:
     print("first greedy tokens:", "the same" if ours == theirs else f"ours {ours}, llama.cpp {theirs}")
 
 
-def tokenloom_prompt(dtype: str) -> Callable[[], float]:
-    """s for a prompt of 400 tokens and its first token."""
+def tokenloom_prompt(dtype: str, length: int = PROMPT_LONG, **more: Any) -> Callable[[], float]:
+    """s for a prompt of so many tokens and its first token; `more` are options of `LLM`."""
     llm = LLM(
-        checkpoint(), dtype=dtype, max_num_seqs=1, max_model_len=512, progress=False, skip_tokenizer_init=True,
-        max_num_batched_tokens=PROMPT_LONG, prefix_cache=False,
+        checkpoint(), dtype=dtype, max_num_seqs=1, max_model_len=length + 16, progress=False,
+        skip_tokenizer_init=True, max_num_batched_tokens=length, prefix_cache=False, **more,
     )  # fmt: skip
-    ids, params = prompt_ids(1, PROMPT_LONG)[0].tolist(), SamplingParams(temperature=0.0, max_tokens=1)
+    ids, params = prompt_ids(1, length)[0].tolist(), SamplingParams(temperature=0.0, max_tokens=1)
 
     def run() -> float:
         start = time.perf_counter()
@@ -171,8 +176,8 @@ def tokenloom_prompt(dtype: str) -> Callable[[], float]:
     return run
 
 
-def llama_prompt(kind: str) -> Callable[[], float]:
-    model, ids = Llama(kind, 1), prompt_ids(1, PROMPT_LONG)
+def llama_prompt(kind: str, length: int = PROMPT_LONG) -> Callable[[], float]:
+    model, ids = Llama(kind, 1), prompt_ids(1, length)
 
     def run() -> float:
         start = time.perf_counter()

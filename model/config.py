@@ -109,12 +109,14 @@ class Mamba2Config:
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """A feed-forward layer; `gated` multiplies act(gate(x)) with up(x)."""
+    """A feed-forward layer; `gated` multiplies act(gate(x)) with up(x). `thresholded`: gates of small magnitude are
+    set to zero (CATS, `model/transforms/cats.py`)."""
 
     intermediate: int
     activation: str = "silu"
     gated: bool = True
     bias: bool = False
+    thresholded: bool = False
 
 
 @dataclass(frozen=True)

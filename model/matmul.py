@@ -74,8 +74,15 @@ def _one_row(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def fused_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """x f32[1,in], w [out,in] of any dtype -> f32[1,out], widened while it is read."""
-    # The barriers keep neighbours out of the loop, which would compute them once a column.
-    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x) @ w.astype(jnp.float32).T)
+    # The conditional, which holds anyway, keeps neighbours out of the loop, which would compute them once a column:
+    # the compiler looks through barriers here.
+    return jax.lax.cond(
+        jnp.isnan(x).any(),
+        lambda x, w: jnp.full((1, w.shape[0]), jnp.nan, jnp.float32),
+        lambda x, w: x @ w.astype(jnp.float32).T,
+        x,
+        w,
+    )
 
 
 def _reduced(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -84,19 +91,16 @@ def _reduced(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def integer_product(x: jax.Array, codes: jax.Array, platform: str) -> jax.Array:
     """x f32[N,in] and codes i8[out,in], whole numbers of 8 bits -> x @ codes.T as f32[N,out]."""
-    if platform != "cpu":
+    rows = x.shape[0]
+    if platform != "cpu" or rows > WEIGHTS_FIRST:
         contract = (((1,), (1,)), ((), ()))
-        small = x.astype(jnp.int8)
-        return jax.lax.dot_general(small, codes, contract, preferred_element_type=jnp.int32).astype(
-            jnp.float32
-        )
-    if x.shape[0] == 1 and fused_is_faster("int8"):
-        return fused_product(x, codes)
-    return _integers(x, codes)
+        y = jax.lax.dot_general(x.astype(jnp.int8), codes, contract, preferred_element_type=jnp.int32)
+        return y.astype(jnp.float32)
+    return fused_product(x, codes) if rows == 1 and fused_is_faster("int8") else _integers(x, codes)
 
 
 def _integers(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """The integer product of any number of rows on CPU; the library takes two or more."""
+    """The product of a few rows as a library call on CPU, which takes two or more."""
     rows = x.shape[0]
     padded = jnp.pad(x, ((0, 1 if rows == 1 else 0), (0, 0))).astype(jnp.int8)
     return weights_first(padded, codes, jnp.int32).T[:rows].astype(jnp.float32)

@@ -59,6 +59,13 @@ def abstract(config: ModelConfig, numerics: Numerics = Numerics()) -> tuple[nnx.
     return graphdef, nnx.to_pure_dict(state)
 
 
+def abstract_block(config: BlockConfig, hidden: int, numerics: Numerics) -> tuple[nnx.GraphDef, dict]:
+    """`abstract` of one block of width `hidden`."""
+    block = nnx.eval_shape(lambda: Block(config, hidden, numerics=numerics, rngs=_rngs(jax.random.key(0))))
+    graphdef, state = nnx.split(block)
+    return graphdef, nnx.to_pure_dict(state)
+
+
 def shardings_of(shardings: Shardings, paths: Iterable[str]) -> dict[str, jax.sharding.Sharding | None]:
     """The sharding of each path; None is the default device."""
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):

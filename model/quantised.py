@@ -107,9 +107,8 @@ def dequantise(parts: Parts, config: QuantConfig, dtype: jnp.dtype = jnp.dtype("
 def quantise_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x [N, in] -> (whole numbers in -127..127 as f32[N, in], the step of each row f32[N, 1])."""
     x = x.astype(jnp.float32)
-    step = jnp.abs(x).max(-1, keepdims=True) / 127.0
-    step = jnp.where(step > 0, step, 1.0)
-    return jnp.round(x / step), step
+    largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30)
+    return jnp.round(x * (127.0 / largest)), largest / 127.0
 
 
 class QuantisedWeight(nnx.Module):

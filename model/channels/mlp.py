@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ...attention.batch import Batch
@@ -23,9 +24,20 @@ class MLP(nnx.Module):
         make: dict[str, Any] = dict(bias=bias, numerics=numerics, rngs=rngs)
         self.gate = Linear(hidden, size, ("mlp", "embed"), **make) if gate else None
         self.down = Linear(size, hidden, ("embed", "mlp"), bias=bias, numerics=numerics, rngs=rngs)
+        # A negative threshold keeps every gate.
+        start = jnp.full((1,), -1.0, jnp.float32)
+        self.threshold = nnx.Param(start, axes=(None,)) if config.thresholded else None
+
+    def gates(self, x: jax.Array) -> jax.Array:
+        """act(gate(x)) [T,I], with those that the threshold cuts off set to zero."""
+        assert self.gate is not None
+        gates = ACTIVATIONS[self.config.activation](self.gate(x))
+        if self.threshold is None:
+            return gates
+        return jnp.where(jnp.abs(gates) > self.threshold[...], gates, jnp.zeros((), gates.dtype))
 
     def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
         del batch
-        act = ACTIVATIONS[self.config.activation]
-        h = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(h)
+        if self.gate is None:
+            return self.down(ACTIVATIONS[self.config.activation](self.up(x)))
+        return self.down(self.gates(x) * self.up(x))

@@ -6,6 +6,8 @@ group by group. So a token's output does not depend on its neighbours, and there
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +15,8 @@ from flax import nnx
 from ...attention.batch import Batch
 from ..config import MoEConfig
 from ..grouped_matmul import grouped_matmul
-from ..layers import ACTIVATIONS, Linear, Numerics, param
+from ..layers import ACTIVATIONS, Linear, Numerics, matrix
+from ..quantised import QuantisedWeight
 
 
 def route(logits: jax.Array, top_k: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
@@ -37,11 +40,18 @@ class MoE(nnx.Module):
             )
         self.config, self.platform = config, numerics.platform
         X, size = config.experts, config.intermediate
-        self.router = Linear(hidden, X, (None, "embed"), numerics=numerics, rngs=rngs)
+        plain = replace(numerics, weights=None)  # rounding would change who is chosen
+        self.router = Linear(hidden, X, (None, "embed"), numerics=plain, rngs=rngs)
         wide, narrow = ("experts", "mlp", "embed"), ("experts", "embed", "mlp")
-        self.gate = param(rngs, (X, size, hidden), wide, numerics, hidden**-0.5)
-        self.up = param(rngs, (X, size, hidden), wide, numerics, hidden**-0.5)
-        self.down = param(rngs, (X, hidden, size), narrow, numerics, size**-0.5)
+        self.gate = matrix(rngs, (X, size, hidden), wide, numerics, hidden**-0.5)
+        self.up = matrix(rngs, (X, size, hidden), wide, numerics, hidden**-0.5)
+        self.down = matrix(rngs, (X, hidden, size), narrow, numerics, size**-0.5)
+
+    def _grouped(self, rows: jax.Array, weight: nnx.Param | QuantisedWeight, sizes: jax.Array) -> jax.Array:
+        """Rows sorted by expert [N,in] through their experts' matrices -> [N,out]."""
+        if isinstance(weight, QuantisedWeight):
+            return grouped_matmul(rows, weight.parts(), sizes, self.platform, weight.config)
+        return grouped_matmul(rows, weight[...], sizes, self.platform)
 
     def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
         c, T = self.config, x.shape[0]
@@ -53,10 +63,9 @@ class MoE(nnx.Module):
             sizes = (chosen[:, None] == jnp.arange(c.experts, dtype=jnp.int32)).sum(0, dtype=jnp.int32)
         with jax.named_scope("experts"):
             rows = x[order // c.top_k]
-            gate = grouped_matmul(rows, self.gate[...], sizes, self.platform)
-            up = grouped_matmul(rows, self.up[...], sizes, self.platform)
+            gate, up = self._grouped(rows, self.gate, sizes), self._grouped(rows, self.up, sizes)
             h = ACTIVATIONS[c.activation](gate) * up
-            y = grouped_matmul(h, self.down[...], sizes, self.platform)
+            y = self._grouped(h, self.down, sizes)
         with jax.named_scope("combine"):
             y = y[jnp.argsort(order)].reshape(T, c.top_k, -1)
             return (y * weights[..., None].astype(y.dtype)).sum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -10,7 +10,7 @@ import jax
 from ..config import BlockConfig, ModelConfig, QuantConfig
 from ..decoder import Decoder
 from ..layers import Numerics
-from ..params import abstract, flatten
+from ..params import abstract, abstract_block, flatten
 from ..quantised import Parts, quantise
 from .transform import Calibration, leaves_of, rebuilt
 
@@ -74,31 +74,48 @@ class Quantisation:
 
 def rounded_to(config: ModelConfig, numerics: Numerics, leaves: dict[str, jax.Array]) -> Decoder:
     """The decoder of a quantised config from the leaves of the model before."""
+    return rebuilt(config, numerics, round_leaves(leaves, weight_formats(config, numerics)))
+
+
+def round_leaves(leaves: Mapping[str, jax.Array], formats: Mapping[str, QuantConfig]) -> dict[str, jax.Array]:
+    """The leaves, by path, with the parts of those weights that have a format in their place."""
     found: dict[str, jax.Array] = {}
-    formats = weight_formats(config, numerics)
     for path, leaf in leaves.items():
         if path in formats:
             parts = rounded(leaf, formats[path])
             found |= {f"{path}.{name}": part for name, part in parts.items()}
         else:
             found[path] = leaf
-    return rebuilt(config, numerics, found)
+    return found
 
 
 def weight_formats(config: ModelConfig, numerics: Numerics) -> dict[str, QuantConfig]:
     """{dotted path of a weight: how it is stored} for the weights that a config has quantised."""
+    found: dict[str, QuantConfig] = {}
+    for path in _coded(abstract(config, numerics)[1]):
+        first, _, rest = path.partition(".")
+        if first == "blocks":
+            index, _, rest = rest.partition(".")
+            found[path] = _format(config.blocks[int(index)], rest)
+        else:
+            table = config.head_weights if first == "lm_head" else config.embedding_weights
+            assert table is not None, path
+            found[path] = table
+    return found
+
+
+def formats_of_block(block: BlockConfig, hidden: int, numerics: Numerics) -> dict[str, QuantConfig]:
+    """`weight_formats` of one block, by paths inside it ("mixer.q.weight")."""
+    return {path: _format(block, path) for path in _coded(abstract_block(block, hidden, numerics)[1])}
+
+
+def _coded(specs: Mapping) -> list[str]:
     end = ".codes"
-    paths = flatten(abstract(config, numerics)[1])
-    return {path.removesuffix(end): _format(config, path) for path in paths if path.endswith(end)}
+    return [path.removesuffix(end) for path in flatten(specs) if path.endswith(end)]
 
 
-def _format(config: ModelConfig, path: str) -> QuantConfig:
-    first, *rest = path.split(".")
-    if first == "blocks":
-        block = config.blocks[int(rest[0])]
-        found = block.mixer_weights if rest[1] == "mixer" else block.channel_weights
-    else:
-        found = config.head_weights if first == "lm_head" else config.embedding_weights
+def _format(block: BlockConfig, path: str) -> QuantConfig:
+    found = block.mixer_weights if path.startswith("mixer.") else block.channel_weights
     assert found is not None, path
     return found
 
