@@ -48,29 +48,48 @@ class Block(nnx.Module):
         norms = {"sandwich": 4}.get(config.wiring, 2) if self.channel is not None else 1
         self.norms = nnx.List([Norm(hidden, config.norm, **kinds) for _ in range(norms)])
 
-    def __call__(self, x: jax.Array, batch: Batch, state):
+    @property
+    def normed_first(self) -> bool:
+        """Whether norms stand in front of the mixer and the channel mixer."""
+        return self.config.wiring in ("pre", "sandwich", "parallel")
+
+    @property
+    def channel_norm(self) -> Norm:
+        """The norm that belongs to the channel mixer (of two: the one in front of it)."""
+        return self.norms[-2 if self.config.wiring == "sandwich" else -1]
+
+    def mixed(self, x: jax.Array, batch: Batch, state):
+        """x after the token mixer and its residual."""
         wiring, scale, norms = self.config.wiring, self.config.residual_scale, self.norms
-        before = wiring in ("pre", "sandwich", "parallel")
         with jax.named_scope("mixer"):
-            y, state = self.mixer(norms[0](x) if before else x, batch, state)
-        if wiring == "parallel":
-            assert self.channel is not None
-            return x + scale * (y + self.channel(norms[1](x), batch)), state
+            y, state = self.mixer(norms[0](x) if self.normed_first else x, batch, state)
         if wiring == "post":
             y = norms[0](y)
         elif wiring == "sandwich":
             y = norms[1](y)
         x = x + (y if scale == 1.0 else scale * y)
-        if wiring == "after":
-            x = norms[0](x)
-        if self.channel is None:
-            return x, state
+        return (norms[0](x) if wiring == "after" else x), state
+
+    def _fed(self, x: jax.Array, batch: Batch) -> jax.Array:
+        """x after the channel mixer and its residual."""
+        wiring, scale, norms = self.config.wiring, self.config.residual_scale, self.norms
+        assert self.channel is not None
         with jax.named_scope("channel"):
-            y = self.channel(norms[-2 if wiring == "sandwich" else -1](x) if before else x, batch)
+            y = self.channel(self.channel_norm(x) if self.normed_first else x, batch)
         if wiring in ("post", "sandwich"):
             y = norms[-1](y)
         x = x + (y if scale == 1.0 else scale * y)
-        return (norms[1](x) if wiring == "after" else x), state
+        return norms[1](x) if wiring == "after" else x
+
+    def __call__(self, x: jax.Array, batch: Batch, state):
+        if self.config.wiring == "parallel":
+            assert self.channel is not None
+            with jax.named_scope("mixer"):
+                y, state = self.mixer(self.norms[0](x), batch, state)
+            y = y + self.channel(self.norms[1](x), batch)
+            return x + self.config.residual_scale * y, state
+        x, state = self.mixed(x, batch, state)
+        return (x if self.channel is None else self._fed(x, batch)), state
 
 
 class Decoder(nnx.Module):
