@@ -73,6 +73,12 @@ class Codec:
             )
         return length // size
 
+    def empty(self, blocks: tuple[int, ...], vectors: int, length: int) -> Codes:
+        """Zeroed codes [*blocks,...] of blocks of `vectors` of `length` numbers. ValueError as `groups`."""
+        self.groups(length)
+        spec = jax.eval_shape(self.encode, jax.ShapeDtypeStruct((*blocks, vectors, length), jnp.float32))
+        return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), spec)
+
     def encode(self, x: jax.Array) -> Codes:
         """x f32[...,V,L] -> codes."""
         x = x.astype(jnp.float32)
@@ -137,15 +143,16 @@ def _unpack(packed: jax.Array, bits: int) -> jax.Array:
 
 
 def _factors(error: jax.Array, rank: int, loops: int) -> tuple[jax.Array, jax.Array]:
-    """error f32[...,V,L] ~ a b^T, a [...,V,r], b [...,L,r]: power iteration, orthonormal in the last round only."""
+    """error f32[...,V,L] ~ a b^T, a [...,V,r], b [...,L,r], by subspace iteration.
+
+    Orthonormal in every round, where GEAR's code is in the last one only: there all columns turn to the first singular
+    vector, and many rounds lose what few had found.
+    """
     b = jax.random.uniform(jax.random.key(0), (error.shape[-1], rank))
     b = jnp.broadcast_to(b, (*error.shape[:-2], *b.shape))
     a = jnp.zeros((*error.shape[:-1], rank))
-    for index in range(loops):
-        last = index == loops - 1
-        b = _orthonormal(b) if last else b / (jnp.linalg.norm(b, axis=-2, keepdims=True) + 1e-30)
-        a = jnp.einsum("...vl,...lr->...vr", error, b)
-        a = _orthonormal(a) if last else a
+    for _ in range(loops):
+        a = _orthonormal(jnp.einsum("...vl,...lr->...vr", error, _orthonormal(b)))
         b = jnp.einsum("...vl,...vr->...lr", error, a)
     return a, b
 

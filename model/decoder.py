@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..attention.batch import Batch
+from ..attention.caches.relay import pass_on
 from .channels.mlp import MLP
 from .channels.moe import MoE
 from .config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, MoEConfig
@@ -149,6 +150,7 @@ class Decoder(nnx.Module):
         for index in layers:
             with jax.named_scope(f"layer{index}"):
                 x, entries[index] = self.blocks[index](x, batch, entries[index])
+            pass_on(entries, index)
         return x, tuple(entries)
 
     def _run_stacked(
@@ -169,6 +171,7 @@ class Decoder(nnx.Module):
                 place, repeat = index % period, index // period
                 values = jax.tree.map(lambda a, at=repeat: a[at], weights[place])
                 x, entries[place] = layer(place, jnp.int32(repeat), values, x, entries[place])
+                pass_on(entries, place)
             return x, tuple(entries)
 
         def body(carry, xs):
@@ -178,6 +181,7 @@ class Decoder(nnx.Module):
             for place in range(period):
                 with jax.named_scope(f"place{place}"):
                     x, entries[place] = layer(place, repeat, values[place], x, entries[place])
+                pass_on(entries, place)
             return (x, tuple(entries)), None
 
         first, count = layers[0] // period, len(layers) // period

@@ -26,7 +26,7 @@ from ..pallas_kernels.chips import Chip
 from ..sharding.placement import Placement
 from .bounds import Bounds
 from .buckets import BucketPlan
-from .cache_rules import check_cache, hold, no_prefix_cache
+from .cache_rules import check_model, check_settings, hold, no_prefix_cache
 from .drafters.controller import Controller
 from .drafters.draft import Drafter, Target
 from .drafters.speculation import Speculation, check_drafter
@@ -85,6 +85,11 @@ class Build:
             raise ValueError(
                 f"kv_cache_dtype {self.kv_cache_dtype!r} is not known; choose one of {known}, or None"
             )
+        quantised = KV_DTYPES.get(self.kv_cache_dtype or "") in QUANTISED
+        check_settings(
+            self.cache, quantised=self.kv_cache_dtype if quantised else None, page_size=self.page_size,
+            devices=self.tensor_parallel_size,
+        )  # fmt: skip
 
     def kv_dtype(self, computed: jnp.dtype) -> jnp.dtype:
         """How keys and values are stored, where activations are `computed` in."""
@@ -245,10 +250,7 @@ def build_engine(
     config = with_length(config, cache.longest(length))
     budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
     stored = build.kv_dtype(numerics.dtype)
-    check_cache(
-        cache, config, length=length, budget=budget, devices=build.tensor_parallel_size,
-        quantised=build.kv_cache_dtype if stored.name in QUANTISED else None, page_size=build.page_size,
-    )  # fmt: skip
+    check_model(cache, config, length=length, budget=budget)
     num_pages, page_size = choose_pages(config, build, length, stored)
     slack = 0 if build.drafter is None else max(shape.slots for shape in build.drafter.shapes)
     width = -(-(length + slack) // page_size) if page_bytes(config, page_size, stored, cache) else 0

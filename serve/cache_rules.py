@@ -8,20 +8,10 @@ from ..attention.caches.policy import Abilities, CachePolicy
 from ..model.config import AttentionConfig, ModelConfig
 
 
-def check_cache(
-    cache: CachePolicy, config: ModelConfig, *, length: int, budget: int, quantised: str | None, devices: int,
-    page_size: int | None,
-) -> None:  # fmt: skip
-    """ValueError where a model or a setting cannot have this cache.
-
-    `length`: max_model_len; `budget`: max_num_batched_tokens; `quantised`: a kv_cache_dtype with scales; `devices`:
-    tensor_parallel_size; `page_size` as it was asked for.
-    """
+def check_settings(cache: CachePolicy, *, quantised: str | None, devices: int, page_size: int | None) -> None:
+    """ValueError where settings do not go with this cache. `quantised`: a kv_cache_dtype with scales; `devices`:
+    tensor_parallel_size; `page_size` as it was asked for."""
     able, name = cache.abilities, repr(cache)
-    if not able.exact and not any(isinstance(block.mixer, AttentionConfig) for block in config.blocks):
-        raise ValueError(
-            f"cache={name} is for attention, which {config.model_type} has none of; leave cache=None"
-        )
     if quantised is not None and not able.quantises:
         raise ValueError(
             f"cache={name} does not store codes, but kv_cache_dtype={quantised!r} asks for them; leave "
@@ -32,14 +22,23 @@ def check_cache(
             f"cache={name} keeps what it remembers on one device, but tensor_parallel_size={devices}; choose "
             f"tensor_parallel_size=1, or cache=None"
         )
+    if cache.page_size is not None and page_size not in (None, cache.page_size):
+        raise ValueError(
+            f"cache={name} has pages of {cache.page_size} tokens, but page_size={page_size}; leave page_size=None"
+        )
+
+
+def check_model(cache: CachePolicy, config: ModelConfig, *, length: int, budget: int) -> None:
+    """ValueError where a model cannot have this cache. `length`: max_model_len; `budget`: max_num_batched_tokens."""
+    able, name = cache.abilities, repr(cache)
+    if not able.exact and not any(isinstance(block.mixer, AttentionConfig) for block in config.blocks):
+        raise ValueError(
+            f"cache={name} is for attention, which {config.model_type} has none of; leave cache=None"
+        )
     if not able.chunkable and budget < length:
         raise ValueError(
             f"cache={name} needs prompts whole, but max_num_batched_tokens={budget} cuts those of up to "
             f"max_model_len={length}; raise the former or lower the latter"
-        )
-    if cache.page_size is not None and page_size not in (None, cache.page_size):
-        raise ValueError(
-            f"cache={name} has pages of {cache.page_size} tokens, but page_size={page_size}; leave page_size=None"
         )
     if config.learned_positions is not None and length > config.max_position:
         raise ValueError(

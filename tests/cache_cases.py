@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from tokenloom.attention.batch import Shape, make_batch
 from tokenloom.attention.caches.policy import CachePolicy, Capacity
+from tokenloom.attention.caches.relay import pass_on
 from tokenloom.attention.ops import AttentionSpec, dense
 from tokenloom.model.config import AttentionConfig, RopeConfig
 from tokenloom.model.rope import rotate
 
-PAGE, WIDTH, DIM, LAYER = 4, 8, 16, 3
+PAGE, WIDTH, DIM = 4, 8, 16
 CONFIG = AttentionConfig(4, 2, DIM, 0.25, RopeConfig(10000.0, DIM))
 SPEC = AttentionSpec(CONFIG.scale)
 MIXED = Shape(2, 1, 2, 16)
@@ -45,18 +46,20 @@ def dense_outputs(one: Text, spec: AttentionSpec = SPEC, seen: np.ndarray | None
 
 @dataclass
 class Layer:
-    """One layer's state and its rows: texts sit in seats and have pages, in a shuffled order."""
+    """A layer's state and its rows: texts sit in seats and have pages, in a shuffled order. Where layers differ, two
+    run with the same queries, keys and values, and the second one's output counts."""
 
     policy: CachePolicy
     spec: AttentionSpec = SPEC
-    layer: int = LAYER
+    layers: tuple[int, ...] = (2, 3)
     state: Any = None
     step: Any = None
     done: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         capacity = Capacity(1 + SEATS * WIDTH, PAGE, SEATS, width=WIDTH)
-        self.state = self.policy.create(CONFIG, self.layer, capacity)
+        layers = self.layers[-1:] if self.policy.abilities.layers_alike else self.layers
+        self.state = [self.policy.create(CONFIG, layer, capacity) for layer in layers]
         pages = np.random.default_rng(0).permutation(np.arange(1, 1 + SEATS * WIDTH))
         self.tables = pages.reshape(SEATS, WIDTH).astype(np.int32)
         self.step = jax.jit(partial(_step, spec=self.spec))
@@ -115,4 +118,8 @@ class Layer:
 
 def _step(state, q, k, v, packed, *, spec):
     batch = make_batch(MIXED, PAGE, tokens=jnp.zeros(MIXED.T, jnp.int32), **packed)
-    return state.attend(q, k, v, batch, spec, turn)
+    out = None
+    for index, entry in enumerate(state := list(state)):
+        out, state[index] = entry.attend(q, k, v, batch, spec, turn)
+        pass_on(state, index)
+    return out, state

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import singledispatch
 
 import numpy as np
-from tokenloom.attention.caches.double_sparsity import DoubleSparsity, slowest
+from tokenloom.attention.caches.double_sparsity import DoubleSparsity, middle
 from tokenloom.attention.caches.gear import Int4KV
 from tokenloom.attention.caches.h2o import H2O
 from tokenloom.attention.caches.streaming import StreamingLLM
+from tokenloom.attention.caches.tidal_decode import TidalDecode
 from tokenloom.tests.cache_cases import CONFIG, DIM, Text
 
 GROUP = CONFIG.heads // CONFIG.kv_heads
@@ -61,8 +62,18 @@ def _(policy: StreamingLLM, one: Text, prompt: int) -> np.ndarray:
 
 @expected.register
 def _(policy: DoubleSparsity, one: Text, prompt: int) -> np.ndarray:
+    return _best(one, prompt, policy.tokens, list(middle(DIM, policy.channels)))
+
+
+@expected.register
+def _(policy: TidalDecode, one: Text, prompt: int) -> np.ndarray:
+    return _best(one, prompt, policy.tokens, list(range(DIM)))
+
+
+def _best(one: Text, prompt: int, tokens: int, label: list[int]) -> np.ndarray:
+    """Behind the prompt, each KV head sees the `tokens` best by these channels."""
     _, _, v, q, k, places = _wide(one)
-    label, out = list(slowest(DIM, policy.channels)), []
+    out = []
     for t in range(len(q)):
         kept = np.tile(places <= t, (CONFIG.kv_heads, 1))
         if t >= prompt:
@@ -70,7 +81,7 @@ def _(policy: DoubleSparsity, one: Text, prompt: int) -> np.ndarray:
                 mine = q[t, head * GROUP : (head + 1) * GROUP][:, label] @ k[: t + 1, head][:, label].T
                 score = mine.max(0)
                 score[t] = np.inf
-                kept[head] = np.isin(places, np.argsort(-score, kind="stable")[: policy.tokens])
+                kept[head] = np.isin(places, np.argsort(-score, kind="stable")[:tokens])
         out.append(row(q[t], k, v, kept)[0])
     return np.stack(out)
 

@@ -14,6 +14,7 @@ from tokenloom.attention.caches.h2o import H2O
 from tokenloom.attention.caches.paged import Pages
 from tokenloom.attention.caches.policy import CachePolicy
 from tokenloom.attention.caches.streaming import StreamingLLM
+from tokenloom.attention.caches.tidal_decode import TidalDecode
 from tokenloom.tests.cache_cases import Layer, dense_outputs, text
 from tokenloom.tests.cache_references import expected
 
@@ -34,6 +35,7 @@ CASES = {
     "pages": Case(Pages(), Pages()),
     "streaming": Case(StreamingLLM(2, 6), StreamingLLM(2, 24)),
     "double sparsity": Case(DoubleSparsity(5, 6), DoubleSparsity(26, 2)),
+    "tidal": Case(TidalDecode(5, (2,)), TidalDecode(26, (2,))),
     "h2o": Case(H2O(4, 3), H2O(16, 12)),
     "int4": Case(Int4KV(group=4, block=4), None, 3e-3),
     "gear": Case(GEAR(group=4, block=4), None, 3e-3),

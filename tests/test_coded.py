@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenloom.attention.coded import Codec, _factors, _pack, _unpack
 
-V, L = 12, 32
+V, L = 6, 32
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_backbone_is_within_half_a_step(x):
 def test_more_of_anything_is_nearer(x):
     for codecs in (
         [Codec(bits) for bits in (2, 4, 8)],
-        [Codec(2, rank=rank) for rank in (0, 1, 2, 4, 8)],
+        [Codec(2, rank=rank) for rank in (0, 1, 4)],
         [Codec(2, group=group) for group in (32, 16, 8)],
         [Codec(2, outliers=share) for share in (0.0, 0.1, 0.3)],
     ):
@@ -58,14 +58,16 @@ def test_more_of_anything_is_nearer(x):
 def test_full_rank_restores_and_outliers_are_kept(x):
     assert error(Codec(2, rank=V), x) < 2e-3  # factors are f16
     codes = Codec(2, outliers=0.1).encode(x)
-    got = np.take_along_axis(np.asarray(back(Codec(2, outliers=0.1), x)), np.asarray(codes.places, np.int64), -1)
+    got = np.take_along_axis(
+        np.asarray(back(Codec(2, outliers=0.1), x)), np.asarray(codes.places, np.int64), -1
+    )
     want = np.take_along_axis(np.asarray(x), np.asarray(codes.places, np.int64), -1)
     np.testing.assert_allclose(got, want, rtol=2.0**-10)
     assert set(np.asarray(codes.places)[0, 0].tolist()) >= {int(np.asarray(x)[0, 0].argmax())}
 
 
 def test_power_iteration_is_near_the_best_rank(x):
-    for rank in (1, 2, 4):
+    for rank in (1, 3):
         a, b = _factors(x, rank, 3)
         left = jnp.linalg.norm(x - jnp.einsum("bvr,blr->bvl", a, b))
         singular = jnp.linalg.svd(x, compute_uv=False)[:, rank:]

@@ -6,7 +6,8 @@ where |q_c k_c| is largest on average (`model.observe.channel_products`), found 
 
 Choices where the paper leaves them open: a KV head has one label for its G query heads, and a token's score is the
 largest of theirs; a token always sees itself. Without calibration the channels are those that rotary positions turn
-slowest, the last of both halves of a head: what they hold varies least with the distance.
+neither fast nor slowly, where calibration finds them too in the embedded model: the fast ones come round again within
+a few tokens, the slow ones hardly tell near from far.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from .seats import rectangular
 Channels = tuple[tuple[int, ...], ...]
 
 
-def slowest(head_dim: int, channels: int) -> tuple[int, ...]:
-    """The channels that rotary positions turn slowest, in pairs (i, i + D/2) from the end."""
+def middle(head_dim: int, channels: int) -> tuple[int, ...]:
+    """The channels that rotary positions turn neither fast nor slowly: pairs (i, i + D/2) from the middle outwards."""
     half = head_dim // 2
-    order = [c for pair in range(half - 1, -1, -1) for c in (pair, pair + half)]
+    pairs = sorted(range(half), key=lambda pair: (abs(2 * pair + 1 - half), pair))
+    order = [c for pair in pairs for c in (pair, pair + half)]
     return tuple(sorted((order + [head_dim - 1] * (head_dim % 2))[:channels]))
 
 
@@ -41,7 +43,7 @@ def slowest(head_dim: int, channels: int) -> tuple[int, ...]:
 class DoubleSparsity:
     """`tokens` read a step and KV head, by `channels` of each key; the first `dense_layers` read everything.
 
-    `labels`, one a layer: the channels of each KV head (`calibrated`); None: the slowest.
+    `labels`, one a layer: the channels of each KV head (`calibrated`); None: the `middle` ones.
     """
 
     tokens: int = 256
@@ -57,7 +59,7 @@ class DoubleSparsity:
             )
 
     def __repr__(self) -> str:
-        known = "slowest channels" if self.labels is None else "calibrated"
+        known = "middle channels" if self.labels is None else "calibrated"
         return f"DoubleSparsity(tokens={self.tokens}, channels={self.channels}, {known})"
 
     def calibrated(self, products: Sequence) -> DoubleSparsity:
@@ -92,7 +94,7 @@ class DoubleSparsity:
         pages = PagedKV.of(heads, capacity, layers)
         if layer < self.dense_layers:
             return pages
-        table = (slowest(heads.head_dim, self.channels),) * heads.kv_heads
+        table = (middle(heads.head_dim, self.channels),) * heads.kv_heads
         if self.labels is not None:
             table = self.labels[layer] if layer < len(self.labels) else ()
         if len(table) != heads.kv_heads or any(max(head) >= heads.head_dim for head in table):
@@ -121,10 +123,6 @@ class SparseKV:
 
     def put(self, index: jax.Array, new: SparseKV) -> SparseKV:
         return replace(new, pages=self.pages.put(index, new.pages))
-
-    def commit(self, accepted: jax.Array) -> SparseKV:
-        del accepted
-        return self
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec,

@@ -29,7 +29,7 @@ PAGES_A_STEP = 4
 
 
 @dataclass(frozen=True)
-class Int4:
+class Int4KV:
     """4 bits a number (or 2, or 8): keys in groups of tokens a channel, values in groups of channels a token, with an
     f16 scale and zero a group, as KIVI has them (Liu et al. 2024, arXiv 2402.02750). `block`: tokens a page."""
 
@@ -58,8 +58,8 @@ class Int4:
 
 
 @dataclass(frozen=True)
-class GEAR(Int4):
-    """`Int4` with the share of `outliers` kept and the error's part of `rank` added (0.02, and 2 for blocks of
+class GEAR(Int4KV):
+    """`Int4KV` with the share of `outliers` kept and the error's part of `rank` added (0.02, and 2 for blocks of
     generations, in the paper); without outliers it is GEAR-L."""
 
     outliers: float = 0.02
@@ -89,17 +89,9 @@ class CodedKV:
 
     @staticmethod
     def empty(codec: Codec, heads: Heads, capacity: Capacity, layers: int | None) -> CodedKV:
-        pages, H, D, size = (
-            (layers or 1) * capacity.num_pages,
-            heads.kv_heads,
-            heads.head_dim,
-            capacity.page_size,
-        )
-        k, v = (
-            jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((1, H, *s), jnp.float32))
-            for s in ((D, size), (size, D))
-        )
-        k, v = (jax.tree.map(lambda a: jnp.zeros((pages, *a.shape[1:]), a.dtype), one) for one in (k, v))
+        H, D, size = heads.kv_heads, heads.head_dim, capacity.page_size
+        pages = ((layers or 1) * capacity.num_pages, H)
+        k, v = codec.empty(pages, D, size), codec.empty(pages, size, D)
         tails = (zeros((capacity.seats + 1, H, size, D), capacity.stored, layers) for _ in range(2))
         return CodedKV(k, v, *tails, codec=codec, layers=layers)
 
@@ -117,10 +109,6 @@ class CodedKV:
         pairs = ((self.tail_k, new.tail_k), (self.tail_v, new.tail_v))
         tails = (lax.dynamic_update_index_in_dim(a, b, index, 0) for a, b in pairs)
         return CodedKV(new.k, new.v, *tails, codec=self.codec, layers=self.layers)
-
-    def commit(self, accepted: jax.Array) -> CodedKV:
-        del accepted
-        return self
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec,

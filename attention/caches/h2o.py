@@ -148,10 +148,6 @@ class HeavyKV:
     def put(self, index: jax.Array, new: HeavyKV) -> HeavyKV:
         return HeavyKV(self.pages.put(index, new.pages), self.kept.put(index, new.kept), self.recent)
 
-    def commit(self, accepted: jax.Array) -> HeavyKV:
-        del accepted
-        return self
-
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec,
         rotate: Rotate = unrotated,
