@@ -1,6 +1,7 @@
 """Engines and references that test modules share, built once a process."""
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -85,3 +86,20 @@ def same_tokens(a, b, ties: int = 0) -> None:
     entry = x.logprobs[at]
     best = sorted((p.logprob for p in entry.values()), reverse=True)
     assert best[0] - best[1] <= NEAR_TIE, f"parted at {at}: {entry} {y.logprobs[at]}"
+
+
+def mixed(draw: random.Random) -> SamplingParams:
+    """Parameters of every kind, seeded."""
+    params = SamplingParams(
+        temperature=draw.choice([0.0, 0.7, 1.3]), top_k=draw.choice([0, 5, 40]),
+        top_p=draw.choice([1.0, 0.8]), min_p=draw.choice([0.0, 0.05]),
+        repetition_penalty=draw.choice([1.0, 1.2]), presence_penalty=draw.choice([0.0, 0.5]),
+        frequency_penalty=draw.choice([0.0, 0.3]), seed=draw.getrandbits(64), max_tokens=draw.randint(1, 30),
+        logit_bias=draw.choice([None, {3: 4.0, 7: -50.0}]), n=draw.choice([1, 1, 2]),
+        allowed_token_ids=draw.choice([None, list(range(0, VOCAB, 3))]), ignore_eos=True,
+        stop_token_ids=draw.choice([None, [1, 2, 3, 4, 5]]), min_tokens=draw.choice([0, 1]),
+        reflection_amplitude=draw.choice([0.0, 3.0]), reflection_period=10, reflection_token_ids=range(6, 12),
+        thinking_end_token_ids=range(12, 20),
+    )  # fmt: skip
+    steered = dict(top_k=0, top_p=1.0, min_p=0.0, mirostat_mode=draw.choice([1, 2]), mirostat_tau=4.0)
+    return draw.choice([params, params, replace(params, **steered)])

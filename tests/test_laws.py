@@ -1,7 +1,6 @@
 """The engine's laws, on one small model of each kind: what a request gets never depends on what ran beside it."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +11,12 @@ from tokenloom.tests.engines import (
     check_against_whole,
     engine,
     greedy,
+    mixed,
     prompts,
     same_tokens,
     whole,
 )
-from tokenloom.tests.shapes import ALL, VOCAB
+from tokenloom.tests.shapes import ALL
 
 SHAPES = pytest.mark.parametrize("shape", sorted(ALL))
 
@@ -48,23 +48,6 @@ def test_a_batch_equals_alone():
         same_tokens(together, llm.generate(prompt, greedy())[0])
 
 
-def _mixed(draw: random.Random) -> SamplingParams:
-    """Parameters of every kind, seeded."""
-    params = SamplingParams(
-        temperature=draw.choice([0.0, 0.7, 1.3]), top_k=draw.choice([0, 5, 40]),
-        top_p=draw.choice([1.0, 0.8]), min_p=draw.choice([0.0, 0.05]),
-        repetition_penalty=draw.choice([1.0, 1.2]), presence_penalty=draw.choice([0.0, 0.5]),
-        frequency_penalty=draw.choice([0.0, 0.3]), seed=draw.getrandbits(64), max_tokens=draw.randint(1, 30),
-        logit_bias=draw.choice([None, {3: 4.0, 7: -50.0}]), n=draw.choice([1, 1, 2]),
-        allowed_token_ids=draw.choice([None, list(range(0, VOCAB, 3))]), ignore_eos=True,
-        stop_token_ids=draw.choice([None, [1, 2, 3, 4, 5]]), min_tokens=draw.choice([0, 1]),
-        reflection_amplitude=draw.choice([0.0, 3.0]), reflection_period=10, reflection_token_ids=range(6, 12),
-        thinking_end_token_ids=range(12, 20),
-    )  # fmt: skip
-    steered = dict(top_k=0, top_p=1.0, min_p=0.0, mirostat_mode=draw.choice([1, 2]), mirostat_tau=4.0)
-    return draw.choice([params, params, replace(params, **steered)])
-
-
 def _tokens(outputs):
     return [[list(c.token_ids) for c in output.outputs] for output in outputs]
 
@@ -72,7 +55,7 @@ def _tokens(outputs):
 def test_seeded_samples_do_not_depend_on_company_buckets_or_preemption():
     draw = random.Random(5)
     drawn = prompts(16, 4, longest=90)
-    params = [_mixed(draw) for _ in drawn]
+    params = [mixed(draw) for _ in drawn]
     together = _tokens(engine("llama").generate(drawn, params))
     pressed = _tokens(engine("llama", tight=True).generate(drawn, params))
     alone = [_tokens(engine("llama").generate(p, s))[0] for p, s in zip(drawn, params)]
@@ -112,7 +95,7 @@ def test_a_thousand_mixed_requests_compile_nothing():
     llm = engine("llama")
     draw = random.Random(8)
     drawn = prompts(1000, 9, longest=40)
-    params = [_mixed(draw) for _ in drawn]
+    params = [mixed(draw) for _ in drawn]
     outputs = llm.generate(drawn, params, use_tqdm=False)
     assert all(c.finish_reason in ("stop", "length") for output in outputs for c in output.outputs)
     assert llm.engine.programs.compilations.late == 0
