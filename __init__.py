@@ -9,14 +9,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .attention.caches.double_sparsity import DoubleSparsity
+    from .attention.caches.gear import GEAR, Int4KV
+    from .attention.caches.h2o import H2O
+    from .attention.caches.minference import MInference
+    from .attention.caches.streaming import StreamingLLM
+    from .attention.caches.tidal_decode import TidalDecode
     from .model.transforms.cats import CATS
     from .model.transforms.fp8 import Fp8
     from .model.transforms.int4 import Int4
     from .model.transforms.int8 import Int8
     from .model.transforms.outlier_suppression_plus import OutlierSuppressionPlus
+    from .model.transforms.skip_decode import SkipDecode
+    from .model.transforms.unified_layer_skipping import UnifiedLayerSkipping
     from .serve.bounds import QueueFull
     from .serve.drafters.copy_spec import CopySpec
     from .serve.drafters.draft_model import DraftModel
+    from .serve.drafters.early_exit import DEL
     from .serve.drafters.rsd import RSDC, RSDS
     from .serve.drafters.smart_spec import SmartSpec
     from .serve.drafters.spectr import SpecTr
@@ -39,6 +48,13 @@ if TYPE_CHECKING:
     from .serve.search.majority_vote import MajorityVote
 
 _HOMES = {
+    "DoubleSparsity": "attention.caches.double_sparsity",
+    "GEAR": "attention.caches.gear",
+    "H2O": "attention.caches.h2o",
+    "Int4KV": "attention.caches.gear",
+    "MInference": "attention.caches.minference",
+    "StreamingLLM": "attention.caches.streaming",
+    "TidalDecode": "attention.caches.tidal_decode",
     "LLM": "serve.llm",
     "SamplingParams": "serve.sampling.params",
     "RequestOutput": "serve.outputs",
@@ -56,6 +72,7 @@ _HOMES = {
     "Castillo": "serve.policies.castillo",
     "CopySpec": "serve.drafters.copy_spec",
     "DraftModel": "serve.drafters.draft_model",
+    "DEL": "serve.drafters.early_exit",
     "RSDC": "serve.drafters.rsd",
     "RSDS": "serve.drafters.rsd",
     "SmartSpec": "serve.drafters.smart_spec",
@@ -69,11 +86,16 @@ _HOMES = {
     "Fp8": "model.transforms.fp8",
     "OutlierSuppressionPlus": "model.transforms.outlier_suppression_plus",
     "CATS": "model.transforms.cats",
+    "SkipDecode": "model.transforms.skip_decode",
+    "UnifiedLayerSkipping": "model.transforms.unified_layer_skipping",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "CATS",
+    "DEL",
+    "GEAR",
+    "H2O",
     "LLM",
     "RSDC",
     "RSDS",
@@ -82,12 +104,15 @@ __all__ = [
     "Castillo",
     "CompletionOutput",
     "CopySpec",
+    "DoubleSparsity",
     "DraftModel",
     "Fair",
     "FirstFinish",
     "Fp8",
     "Int4",
+    "Int4KV",
     "Int8",
+    "MInference",
     "MajorityVote",
     "OutlierSuppressionPlus",
     "PrefillFirst",
@@ -97,11 +122,15 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SarathiServe",
+    "SkipDecode",
     "SmartSpec",
     "SpecTr",
     "SplitFuse",
+    "StreamingLLM",
     "StructuredOutputs",
+    "TidalDecode",
     "TokenRecycling",
+    "UnifiedLayerSkipping",
     "__version__",
     "plan",
 ]

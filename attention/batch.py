@@ -49,6 +49,7 @@ class Shape:
     data_fields=[
         "tokens", "positions", "pages", "slots", "rows", "valid", "page_table", "lengths", "starts",
         "query_starts", "seats", "ends", "ancestors",
+        "prompt_lengths",
     ],
     meta_fields=["shape"],
 )  # fmt: skip
@@ -69,6 +70,7 @@ class Batch:
     ends          bool[B+R]   True where a row's last token is followed by sampling: a prompt is complete with it
     ancestors     bool[B,q,q] where the rectangular rows are draft trees: which slots each slot sees (itself and its
                               ancestors); slots lie one behind the other, positions follow depth. None: chains
+    prompt_lengths i32[B+R]   tokens of each row's prompt; what follows was generated. None: all tokens are prompts
     """
 
     shape: Shape
@@ -85,6 +87,7 @@ class Batch:
     seats: jax.Array
     ends: jax.Array
     ancestors: jax.Array | None = None
+    prompt_lengths: jax.Array | None = None
 
     @property
     def last_tokens(self) -> jax.Array:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .depth import Depth
+
 
 @dataclass(frozen=True)
 class QuantConfig:
@@ -160,7 +162,8 @@ class ModelConfig:
     hidden_size is E, vocab_size V. `embed_size` differs from E where the checkpoint projects in and out
     (OPT-350m). `learned_positions` is (rows, offset) of a position table. `max_position` is the longest
     sequence that the checkpoint was made for, in tokens. embedding_weights and head_weights say how the token table
-    (the head's too when they are tied) and the output head are stored; None: as numbers.
+    (the head's too when they are tied) and the output head are stored; None: as numbers. `depth` says which tokens
+    run through which layers; None: all through all.
     """
 
     model_type: str
@@ -180,6 +183,7 @@ class ModelConfig:
     dtype: str = "float32"
     embedding_weights: QuantConfig | None = None
     head_weights: QuantConfig | None = None
+    depth: Depth | None = None
 
     @property
     def num_layers(self) -> int:

@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
         entries = list(state)
         for index in layers:
             with jax.named_scope(f"layer{index}"):
-                x, entries[index] = self.blocks[index](x, batch, entries[index])
+                x, entries[index] = self._through(self.blocks[index], index, x, batch, entries[index])
             pass_on(entries, index)
         return x, tuple(entries)
 
@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
 
         def layer(place: int, repeat, values, x, entry):
             block = nnx.merge(graphs[place], values)
-            x, new = block(x, batch, entry.layer(repeat))
+            x, new = self._through(block, repeat * period + place, x, batch, entry.layer(repeat))
             return x, entry.put(repeat, new)
 
         entries = list(state)
@@ -189,6 +189,19 @@ class Decoder(nnx.Module):
         repeats = jnp.arange(first, first + count, dtype=jnp.int32)
         (x, entries), _ = jax.lax.scan(body, (x, tuple(entries)), (repeats, span))
         return x, entries
+
+    def _through(self, block: Block, index: int | jax.Array, x: jax.Array, batch: Batch, entry):
+        """One block, for the tokens that run through layer `index`; the others keep their x."""
+        depth, prompts = self.config.depth, batch.prompt_lengths
+        if depth is None or prompts is None:
+            return block(x, batch, entry)
+        active = depth.active(index, self.num_layers, batch.positions, prompts[batch.rows]) & batch.valid
+
+        def run(x, entry):
+            y, new = block(x, batch, entry)
+            return jnp.where(active[:, None], y, x), new
+
+        return jax.lax.cond(active.any(), run, lambda x, entry: (x, entry), x, entry)
 
     def normalise(self, x: jax.Array) -> jax.Array:
         """The final norm, row by row: x [..., E] -> [..., E]."""

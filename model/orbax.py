@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from . import config as configs
+from . import depth
 from .config import ModelConfig
 from .layers import Numerics
 from .params import Shardings, abstract, flatten, shardings_of, some, unflatten
@@ -28,6 +29,8 @@ FORMAT = 1
 CLASSES = {
     cls.__name__: cls
     for cls in (
+        depth.ReservedLayers,
+        depth.DecayingDepth,
         configs.QuantConfig,
         configs.NormConfig,
         configs.RopeConfig,

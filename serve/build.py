@@ -27,6 +27,7 @@ from ..sharding.placement import Placement
 from .bounds import Bounds
 from .buckets import BucketPlan
 from .cache_rules import check_model, check_settings, hold, no_prefix_cache
+from .depth_rules import check_depth
 from .drafters.controller import Controller
 from .drafters.draft import Drafter, Target
 from .drafters.speculation import Speculation, check_drafter
@@ -271,7 +272,7 @@ def build_engine(
     )  # fmt: skip
     empty = partial(make_state, config, capacity, period, cache)
     state = jax.jit(empty, out_shardings=None if place is None else place.state(jax.eval_shape(empty)))()
-    off = no_prefix_cache(
+    off = check_depth(config, cache, build.drafter, build.prefix_cache) or no_prefix_cache(
         cache, build.prefix_cache, length=length, page_size=page_size, recurrent=config.recurrent,
         snapshots=snapshots,
     )  # fmt: skip

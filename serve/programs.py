@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,15 +34,21 @@ SCORE_ROWS = 32
 
 
 def backbone(graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int, prompt: int) -> Callable:
-    """(params, state, last_token, length, packed) -> (x rows [B+R,E], prompt x, state); state is donated.
+    """(params, state, last_token, length, packed, prompt_length) -> (x rows [B+R,E], prompt x, state); state is
+    donated. prompt_length: tokens of each seat's prompt, for models whose generated tokens take fewer layers.
 
     Prompt x is padded to the largest chunk, [prompt,E], so that one program scores every chunk size; without a
     prompt part it is [0,E].
     """
 
-    def run(params: Any, state: tuple, last_token: jax.Array, length: jax.Array, packed: jax.Array):
+    def run(
+        params: Any, state: tuple, last_token: jax.Array, length: jax.Array, packed: jax.Array,
+        prompt_length: jax.Array | None = None,
+    ):  # fmt: skip
         model = nnx.merge(graphdef, params)
         batch = unpack(shape, width, page_size, packed, last_token, length)
+        if prompt_length is not None:
+            batch = replace(batch, prompt_lengths=prompt_length[batch.seats])
         x = model.embed(batch.tokens, batch)
         x, state = model.run(x, state, batch, range(model.num_layers))
         rest = x[shape.B * shape.q :]
@@ -140,7 +147,8 @@ class Programs:
             name = f"{shape.kind}_B{shape.B}_q{shape.q}_R{shape.R}_C{shape.C}"
             out = self.whole, self.whole, places(state)
             seated = sampler_state.last_token, sampler_state.length
-            jobs[shape] = build(name, run, (1,), params, state, *seated, packed, out=out)
+            given_all = *seated, packed, sampler_state.prompt_length
+            jobs[shape] = build(name, run, (1,), params, state, *given_all, out=out)
         for rows in plan.heads():
             run = head(self.graphdef, self.sampler)
             jobs["head", rows] = build(
@@ -203,7 +211,12 @@ class Programs:
             if self.speculation is not None:
                 self.speculation.follow(self, shape, packed)
             x, prompt_x, self.state = self.compiled[shape](
-                self.params, self.state, self.sampler_state.last_token, self.sampler_state.length, packed
+                self.params,
+                self.state,
+                self.sampler_state.last_token,
+                self.sampler_state.length,
+                packed,
+                self.sampler_state.prompt_length,
             )
             if between is not None:
                 between()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -11,18 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tokenloom import LLM, Fp8, Int4, Int8
+from tokenloom import CATS, LLM, Fp8, Int4, Int8, OutlierSuppressionPlus, SkipDecode, UnifiedLayerSkipping
 from tokenloom.attention.batch import Shape, make_batch, rectangle
 from tokenloom.attention.caches.recurrent import Stateless
 from tokenloom.attention.caches.uncached import Uncached
 from tokenloom.model import checkpoint
-from tokenloom.model.config import AttentionConfig, QuantConfig
+from tokenloom.model.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, QuantConfig
+from tokenloom.model.depth import DecayingDepth, ReservedLayers
 from tokenloom.model.layers import Numerics
 from tokenloom.model.params import flatten
 from tokenloom.model.quantised import dequantise, quantise, quantised_product
 from tokenloom.model.stacked import abstract_stacked, period_of, stack
 from tokenloom.model.state import Capacity, make_state
+from tokenloom.model.transforms.calibration import windows
+from tokenloom.model.transforms.outlier_suppression_plus import can_shift, fold, units
 from tokenloom.model.transforms.transform import assemble, from_record, leaves_of, to_record
+from tokenloom.model.transforms.unified_layer_skipping import reserved
 from tokenloom.tests.engines import greedy, prompts, same_tokens
 from tokenloom.tests.shapes import ALL, VOCAB, llama
 
@@ -33,11 +38,20 @@ TRANSFORMS = {
     "int8-weights": Int8(activations=None),
     "fp8": Fp8(),
     "int4": Int4(group_size=16),
+    "os+": OutlierSuppressionPlus(Int4(group_size=16), grid=4, window=16),
+    "cats": CATS(0.5),
+    "unified": UnifiedLayerSkipping(2),
+    "skip-decode": SkipDecode(3, horizon=40),
 }
+FORMATTED = ("int8", "int8-weights", "fp8", "int4", "os+")
 IDENTITIES = {
     "int8": Int8(layers=(), embeddings=False),
     "fp8": Fp8(layers=(), embeddings=False),
     "int4": Int4(layers=(), embeddings=False),
+    "os+": OutlierSuppressionPlus(Int8(layers=(), embeddings=False)),
+    "cats": CATS(0.0),
+    "unified": UnifiedLayerSkipping(1),
+    "skip-decode": SkipDecode(6),
 }
 # Rounding inputs to 8 bits may turn a difference in their last bits into a step.
 TOLERANCES = {"int8": 5e-3}
@@ -46,15 +60,22 @@ SIZES = dict(
 )
 
 
+def deep() -> ModelConfig:
+    """Six layers, so that there is something to skip."""
+    config = llama()
+    return replace(config, blocks=config.blocks[:1] * 6)
+
+
 @cache
 def original(shape: str):
     """A decoder of random weights."""
-    config = ALL[shape]()
+    config = deep() if shape == "deep" else ALL[shape]()
     return assemble(config, Numerics(), checkpoint.random_params(config, Numerics(), 1))
 
 
 @cache
 def transformed(name: str, shape: str = "llama"):
+    shape = "deep" if name in ("unified", "skip-decode") else shape
     return TRANSFORMS[name](original(shape), TEXTS)
 
 
@@ -82,7 +103,7 @@ def same_leaves(a, b) -> None:
 
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_settings_that_ask_for_nothing_change_nothing_to_the_bit(name):
-    model = original("llama")
+    model = original("deep")
     found = IDENTITIES[name](model, TEXTS)
     assert found.config == model.config
     same_leaves(found, model)
@@ -112,7 +133,7 @@ def test_a_transformed_model_is_near_the_original(name, shape):
     assert 0 < float(jnp.abs(a - b).mean()) < limit * float(a.std())
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", FORMATTED)
 def test_a_tampered_code_changes_what_the_model_says(name):
     model = transformed(name)
     before = logits(model)
@@ -127,7 +148,7 @@ def test_a_tampered_code_changes_what_the_model_says(name):
         assert bool((logits(other) != before).any()), path
 
 
-@pytest.mark.parametrize("name", ("int8", "int4"))
+@pytest.mark.parametrize("name", ("int8", "int4", "cats", "unified", "skip-decode"))
 def test_stacked_equals_separate(name):
     model = transformed(name)
     config, period = model.config, period_of(model.config)
@@ -141,6 +162,7 @@ def test_stacked_equals_separate(name):
         Shape(0, 1, 1, 24), 8, tokens=TOKENS[0], lengths=jnp.array([24]), page_table=jnp.arange(1, 4)[None],
         query_starts=jnp.array([0, 24]), seats=jnp.array([0]),
     )  # fmt: skip
+    batch = replace(batch, prompt_lengths=jnp.array([9]))
 
     def run(model, period):
         state = make_state(config, Capacity(4, 8, 1), period)
@@ -154,7 +176,7 @@ def test_stacked_equals_separate(name):
     )
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", FORMATTED)
 def test_a_model_is_not_quantised_twice(name):
     with pytest.raises(ValueError, match="begin with the original checkpoint"):
         TRANSFORMS[name](transformed(name), TEXTS)
@@ -244,6 +266,139 @@ def test_a_row_without_content_or_with_nan_keeps_to_itself():
     x = jnp.ones((3, 16)).at[0].set(0.0).at[1, 4].set(jnp.nan)
     found = np.asarray(quantised_product(x, parts, config, "cpu"))
     assert (found[0] == 0).all() and np.isnan(found[1]).all() and np.isfinite(found[2]).all()
+
+
+# -- Outlier Suppression+ ----------------------------------------------------------------------------------
+
+
+def normed(config: ModelConfig) -> ModelConfig:
+    """The same with LayerNorm and biases everywhere, so that channels can be shifted."""
+    block = config.blocks[0]
+    norm = NormConfig("layer", 1e-5, bias=True)
+    mixer = replace(block.mixer, qkv_bias=True)
+    return replace(
+        config, blocks=(replace(block, norm=norm, mixer=mixer, channel=MLPConfig(96, "gelu", False, True)),)
+    )
+
+
+@pytest.mark.parametrize("shape", ("llama", "windowed", "experts", "recurrent", "layer-norm"))
+def test_folded_factors_leave_the_function_as_it_was(shape):
+    """Before anything is rounded, and for offsets in norms, mixtures, tied heads and biases."""
+    config = normed(llama()) if shape == "layer-norm" else ALL[shape]()
+    model = assemble(config, Numerics(), checkpoint.random_params(config, Numerics(), 2))
+    leaves, draw, shifted = leaves_of(model), np.random.default_rng(0), 0
+    for index, block in enumerate(config.blocks):
+        start = f"blocks.{index}."
+        held = {path.removeprefix(start): leaf for path, leaf in leaves.items() if path.startswith(start)}
+        for unit in units(block):
+            width = held[unit.readers[0]].shape[-1]
+            scale = jnp.asarray(draw.uniform(1, 3, width), jnp.float32)
+            shift = jnp.asarray(draw.standard_normal(width), jnp.float32)
+            allowed = can_shift(unit, held)
+            shifted += allowed
+            held = fold(held, unit, scale, shift if allowed else jnp.zeros_like(shift))
+        leaves |= {f"{start}{path}": leaf for path, leaf in held.items()}
+    assert shifted == (2 if shape == "layer-norm" else 0)
+    other = assemble(config, Numerics(), checkpoint.unflatten(leaves))
+    np.testing.assert_allclose(np.asarray(logits(other)), np.asarray(logits(model)), rtol=2e-4, atol=2e-4)
+
+
+def test_outliers_are_suppressed():
+    """A channel a hundred times larger than the others ruins rounded inputs, and less so with its factor."""
+    model = original("llama")
+    leaves = leaves_of(model)
+    for norm in ("blocks.0.norms.0.weight", "blocks.1.norms.0.weight", "blocks.1.norms.1.weight"):
+        leaves[norm] = leaves[norm].at[5].set(100.0)
+    outlying = assemble(model.config, Numerics(), checkpoint.unflatten(leaves))
+    exact = logits(outlying)
+    plain = Int8()(outlying)
+    better = OutlierSuppressionPlus(Int8(), grid=12, window=32)(outlying, TEXTS)
+    a, b = (float(jnp.square(logits(one) - exact).mean()) for one in (plain, better))
+    assert b < 0.7 * a
+    with pytest.raises(ValueError, match="looks at texts, but got none"):
+        OutlierSuppressionPlus(Int8())(model)
+
+
+# -- CATS --------------------------------------------------------------------------------------------------
+
+
+def test_thresholds_cut_the_share_that_was_asked_for():
+    model, found = original("llama"), transformed("cats")
+    leaves = leaves_of(found)
+    tokens = windows(TEXTS, 192, "CATS")
+    cut = leaves["blocks.0.channel.threshold"]
+    open_gates = {**leaves, **{path: jnp.array([-1.0]) for path in leaves if path.endswith("threshold")}}
+    same = assemble(found.config, Numerics(), checkpoint.unflatten(open_gates))
+    np.testing.assert_array_equal(np.asarray(logits(same)), np.asarray(logits(model)))
+    gates = found.blocks[0].channel.gates(_channel_input(model, tokens))
+    assert abs(float((gates == 0).mean()) - 0.5) < 0.01
+    assert bool((jnp.abs(gates[gates != 0]) > cut).all())
+    with pytest.raises(ValueError, match="gated MLPs, but mamba2 has none"):
+        CATS(0.5)(original("recurrent"), TEXTS)
+
+
+def _channel_input(model, tokens):
+    batch = rectangle(tokens)
+    block = model.blocks[0]
+    x, _ = block.mixed(model.embed(batch.tokens, batch), batch, Uncached())
+    return block.channel_norm(x)
+
+
+# -- layers that are skipped -------------------------------------------------------------------------------
+
+
+def test_reserved_layers_are_those_of_the_authors():
+    assert reserved(30, 2) == (*range(0, 28, 2), 29)
+    assert reserved(30, 3) == (*range(0, 27, 3), 29)
+    assert reserved(30, 5) == (0, 6, 12, 18, 24, 29) and reserved(30, 10) == (0, 15, 29)
+    with pytest.raises(ValueError, match="leaves 2 of 6 layers"):
+        reserved(6, 3)
+
+
+def test_depth_never_grows_along_a_text():
+    """So keys and values are there wherever a layer runs (drawn schedules)."""
+    draw, positions = np.random.default_rng(0), jnp.arange(64)
+    for _ in range(20):
+        warmup, smallest, largest = sorted(draw.choice(np.arange(0, 12), 3, replace=False).tolist())
+        depth = DecayingDepth(warmup, largest, smallest, int(draw.integers(1, 64)))
+        active = np.stack([depth.active(layer, 12, positions, jnp.full(64, 10)) for layer in range(12)])
+        assert (np.diff(active.astype(int), axis=1) <= 0).all()
+        assert (active.sum(0)[:10] == largest).all() and active.sum(0).min() >= smallest
+
+
+@pytest.mark.parametrize("name", ("unified", "skip-decode"))
+def test_an_engine_that_skips_equals_one_pass_with_masks(name):
+    """Decoding step by step, alone and in company, with preemption: each token's layers follow from its place."""
+    sizes = {**SIZES, "page_size": 8, "num_pages": 14, "max_num_seqs": 3}
+    with LLM.from_config(deep(), 1, transforms=[TRANSFORMS[name]], **sizes) as engine:
+        assert not engine.engine.pages.sharing
+        for output in engine.generate(prompts(3, 5, 24), greedy(16)):
+            ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+            expected = masked(transformed(name), ids, len(output.prompt_token_ids))
+            for at, (token, entry) in enumerate(
+                zip(output.outputs[0].token_ids, output.outputs[0].logprobs), len(output.prompt_token_ids) - 1
+            ):
+                assert abs(entry[token].logprob - expected[at, token]) < 1e-4
+                assert expected[at].max() - expected[at, token] < 2e-4
+    with pytest.raises(ValueError, match="prefix_cache=True cannot hold"):
+        LLM.from_config(deep(), 1, transforms=[TRANSFORMS[name]], prefix_cache=True, **SIZES)
+
+
+def masked(model, ids: list[int], prompt: int) -> np.ndarray:
+    """Log-probabilities [len(ids), V] of one pass where each token passes by the layers that it skips; what it skipped
+    holds no keys for others."""
+    x, rows = model.embedding(jnp.asarray(ids)), len(ids)
+    positions, prompts_ = jnp.arange(rows), jnp.full(rows, prompt)
+    for index, block in enumerate(model.blocks):
+        active = np.asarray(model.config.depth.active(index, model.num_layers, positions, prompts_))
+        runs = np.flatnonzero(active)
+        # A token that is active sees the active ones before it; both schedules make them all that it may see.
+        last = int(runs.max()) + 1
+        assert active[:last].all() or isinstance(model.config.depth, ReservedLayers)
+        batch = rectangle(jnp.asarray(ids)[None, :last])
+        y, _ = block(x[:last], batch, Uncached())
+        x = x.at[:last].set(jnp.where(active[:last, None], y, x[:last]))
+    return np.asarray(jax.nn.log_softmax(model.head(model.normalise(x)), -1))
 
 
 # -- whole engines -----------------------------------------------------------------------------------------

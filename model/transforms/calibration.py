@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from ...attention.caches.recurrent import Stateless
 from ...attention.caches.uncached import Uncached
 from ..config import AttentionConfig, BlockConfig
 from ..decoder import Block, Decoder
+from ..depth import Depth
 from ..layers import Numerics
 from ..params import abstract_block, unflatten
-from .transform import Calibration
+from .transform import Calibration, leaves_of, rebuilt
 
 Leaves = dict[str, jax.Array]
 
@@ -58,3 +60,18 @@ def block_inputs(
     block, batch = block_of(config, x.shape[-1], numerics, leaves), rectangle(tokens)
     half = x if config.wiring == "parallel" else block.mixed(x, batch, fresh(config))[0]
     return half, block(x, batch, fresh(config))[0]
+
+
+def with_depth(model: Decoder, depth: Depth) -> Decoder:
+    """The model with a schedule of layers and the same weights. ValueError where layers remember what skipping would
+    leave out of date."""
+    if model.config.depth is not None:
+        raise ValueError(
+            f"this model skips layers already ({model.config.depth}); begin with the original checkpoint"
+        )
+    if model.config.recurrent:
+        raise ValueError(
+            f"{type(depth).__name__} skips layers of attention; {model.config.model_type} has recurrent layers, whose "
+            f"state every token must pass: use another model"
+        )
+    return rebuilt(replace(model.config, depth=depth), model.numerics, leaves_of(model))

@@ -105,7 +105,7 @@ class OutlierSuppressionPlus:
     ) -> Leaves:  # fmt: skip
         """The block's leaves with the unit's best factors in them."""
         low, high = _extremes(unit, block, numerics, held, x, tokens)
-        shift = (high + low) / 2 if _shifts(unit, held) else jnp.zeros_like(high)
+        shift = (high + low) / 2 if can_shift(unit, held) else jnp.zeros_like(high)
         low, high = low - shift, high - shift
         largest = jnp.maximum(high, -low).max()
         thresholds = jnp.linspace(largest, min(self.lowest, float(largest)), self.grid)
@@ -118,7 +118,7 @@ def _factors(low: jax.Array, high: jax.Array, threshold: jax.Array) -> jax.Array
     return jnp.maximum(1.0, jnp.maximum(high, -low) / threshold)
 
 
-def _shifts(unit: Unit, held: Leaves) -> bool:
+def can_shift(unit: Unit, held: Leaves) -> bool:
     """Whether a shift can be absorbed on both sides."""
     readers = [f"{path.removesuffix('.weight')}.bias" for path in unit.readers]
     return unit.norm is not None and all(path in held for path in (f"{unit.norm}.bias", *readers))
