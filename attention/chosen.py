@@ -10,10 +10,10 @@ from ..pallas_kernels.attention.spec import NEG_INF, AttentionSpec, PagedView
 
 
 def gather(view: PagedView, tokens: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
-    """Keys and values f32[B,Hkv,k,D] at places i32[B,Hkv,k] of the rows' texts, which must be stored."""
-    size = view.page_size
+    """Keys and values f32[B,H,k,D] at places i32[B,H,k] of the rows' texts: H heads that share the KV heads evenly."""
+    size, shared = view.page_size, tokens.shape[1] // view.kv_heads
     page = jnp.take_along_axis(view.table[:, None, :], tokens // size, 2)
-    at = (page, jnp.arange(view.kv_heads, dtype=jnp.int32)[None, :, None])
+    at = (page, (jnp.arange(tokens.shape[1], dtype=jnp.int32) // shared)[None, :, None])
     slot = tokens % size
 
     def read(pages: jax.Array, transposed: bool) -> jax.Array:

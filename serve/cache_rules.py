@@ -68,8 +68,10 @@ def no_prefix_cache(
     return reason
 
 
-def hold(able: Abilities) -> Literal["text", "limit", "prompt"]:
+def hold(able: Abilities) -> Literal["text", "limit", "whole", "prompt"]:
     """How long a sequence holds pages (`PageAllocator.hold`)."""
+    if not able.chunkable:
+        return "whole"
     if able.pages == "prompt":
         return "prompt"
     return "text" if able.rebuildable else "limit"

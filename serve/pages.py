@@ -28,11 +28,12 @@ class PageAllocator:
     recurrent layers remember at the ends of pages. `lookup_tokens` and `hit_tokens` count the prompt tokens that
     new sequences looked up and found. `hold`: a sequence owns pages for its text so far ("text"), from its start on for
     all that it may become ("limit": it cannot be recomputed), or until its prompt is computed ("prompt").
+    "whole": as "limit", and prompts are not cut where that can be helped.
     """
 
     def __init__(
         self, num_pages: int, page_size: int, *, off: str | None = None, snapshots: Snapshots | None = None,
-        hold: Literal["text", "limit", "prompt"] = "text",
+        hold: Literal["text", "limit", "whole", "prompt"] = "text",
     ):  # fmt: skip
         if num_pages < 2 or page_size < 1:
             raise ValueError(

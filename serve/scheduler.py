@@ -133,7 +133,11 @@ class Scheduler:
                 budget -= self._take(sequence, budget, chunks)
         while budget > 0 and len(chunks) < self.prompt_rows and self._seats and self.preemptions == preempted:
             sequence = policy.peek()
-            if sequence is None or not self._admit(sequence, loads):
+            if sequence is None or (
+                self.pages.hold == "whole" and budget < sequence.known and (decodes or chunks)
+            ):
+                break
+            if not self._admit(sequence, loads):
                 break
             admitted.append(sequence)
             budget -= self._take(sequence, budget, chunks)
@@ -181,7 +185,9 @@ class Scheduler:
             if snapshots.comes(chain.keys[len(hits) - 1]):
                 return False
             hits = hits[: snapshots.deepest(chain.keys[: len(hits)])]
-        if not pages.claim(sequence.pages, hits, sequence.limit if pages.hold == "limit" else sequence.known):
+        if not pages.claim(
+            sequence.pages, hits, sequence.limit if pages.hold in ("limit", "whole") else sequence.known
+        ):
             return False
         self.policy.pop()
         chain.registered = len(hits)

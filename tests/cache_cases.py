@@ -52,17 +52,20 @@ class Layer:
     policy: CachePolicy
     spec: AttentionSpec = SPEC
     layers: tuple[int, ...] = (2, 3)
+    page: int = PAGE
+    width: int = WIDTH
+    shape: Shape = MIXED
     state: Any = None
     step: Any = None
     done: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        capacity = Capacity(1 + SEATS * WIDTH, PAGE, SEATS, width=WIDTH)
+        capacity = Capacity(1 + SEATS * self.width, self.page, SEATS, width=self.width)
         layers = self.layers[-1:] if self.policy.abilities.layers_alike else self.layers
         self.state = [self.policy.create(CONFIG, layer, capacity) for layer in layers]
-        pages = np.random.default_rng(0).permutation(np.arange(1, 1 + SEATS * WIDTH))
-        self.tables = pages.reshape(SEATS, WIDTH).astype(np.int32)
-        self.step = jax.jit(partial(_step, spec=self.spec))
+        pages = np.random.default_rng(0).permutation(np.arange(1, 1 + SEATS * self.width))
+        self.tables = pages.reshape(SEATS, self.width).astype(np.int32)
+        self.step = jax.jit(partial(_step, spec=self.spec, shape=self.shape, page=self.page))
 
     def run(
         self, texts: dict[int, Text], decodes: dict[int, int], prompts: dict[int, tuple[int, int]],
@@ -70,14 +73,14 @@ class Layer:
     ) -> dict[int, np.ndarray]:  # fmt: skip
         """One step: `decodes` gives rows {seat: place of its token}, `prompts` {seat: (start, stop)}; `final` seats'
         prompts are complete. Padding tokens hold `garbage`. Returns {seat: out [n,Hq,D]}."""
-        rows, C = MIXED.rows, MIXED.C
+        shape, rows = self.shape, self.shape.rows
         lengths, seats = np.zeros(rows, np.int32), np.full(rows, SEATS, np.int32)
         table, starts, ends = (
-            np.zeros((rows, WIDTH), np.int32),
-            np.zeros(MIXED.R + 1, np.int32),
+            np.zeros((rows, self.width), np.int32),
+            np.zeros(shape.R + 1, np.int32),
             np.zeros(rows, bool),
         )
-        flat = [np.full((MIXED.T, *x.shape[1:]), garbage, np.float32) for x in next(iter(texts.values()))]
+        flat = [np.full((shape.T, *x.shape[1:]), garbage, np.float32) for x in next(iter(texts.values()))]
         where = {}
         for row, (seat, place) in enumerate(decodes.items()):
             lengths[row], seats[row], table[row], ends[row] = place + 1, seat, self.tables[seat], True
@@ -86,27 +89,27 @@ class Layer:
                 all_[row] = one[place]
         at = 0
         for row, (seat, (start, stop)) in enumerate(prompts.items()):
-            index, count = MIXED.B + row, stop - start
+            index, count = shape.B + row, stop - start
             lengths[index], seats[index], table[index], ends[index] = (
                 stop,
                 seat,
                 self.tables[seat],
                 seat in final,
             )
-            where[seat] = slice(MIXED.B + at, MIXED.B + at + count)
+            where[seat] = slice(shape.B + at, shape.B + at + count)
             for all_, one in zip(flat, texts[seat]):
                 all_[where[seat]] = one[start:stop]
             at += count
             starts[row + 1 :] = at
-        assert at <= C
+        assert at <= shape.C
         packed = dict(lengths=lengths, page_table=table, query_starts=starts, seats=seats, ends=ends)
         out, self.state = self.step(self.state, *flat, {k: jnp.asarray(x) for k, x in packed.items()})
         out = np.asarray(out)
         return {seat: out[place] for seat, place in where.items()}
 
-    def serve(self, seat: int, one: Text, prompt: int, chunks: int = MIXED.C) -> np.ndarray:
+    def serve(self, seat: int, one: Text, prompt: int, chunks: int | None = None) -> np.ndarray:
         """A text alone: its prompt in chunks of so many tokens, then a token a step; out [T,Hq,D]."""
-        parts = []
+        chunks, parts = chunks or self.shape.C, []
         for start in range(0, prompt, chunks):
             stop = min(start + chunks, prompt)
             final = (seat,) if stop == prompt else ()
@@ -116,8 +119,8 @@ class Layer:
         return np.concatenate(parts)
 
 
-def _step(state, q, k, v, packed, *, spec):
-    batch = make_batch(MIXED, PAGE, tokens=jnp.zeros(MIXED.T, jnp.int32), **packed)
+def _step(state, q, k, v, packed, *, spec, shape, page):
+    batch = make_batch(shape, page, tokens=jnp.zeros(shape.T, jnp.int32), **packed)
     out = None
     for index, entry in enumerate(state := list(state)):
         out, state[index] = entry.attend(q, k, v, batch, spec, turn)

@@ -42,7 +42,8 @@ def expected(policy, one: Text, prompt: int) -> np.ndarray:
     raise NotImplementedError(policy)
 
 
-def _wide(one: Text) -> tuple[np.ndarray, ...]:
+def wide(one: Text) -> tuple[np.ndarray, ...]:
+    """q, k and v in float64, rotated q and k, and the places."""
     q, k, v = (x.astype(np.float64) for x in one)
     places = np.arange(len(q))
     return q, k, v, turned(q, places), turned(k, places), places
@@ -50,7 +51,7 @@ def _wide(one: Text) -> tuple[np.ndarray, ...]:
 
 @expected.register
 def _(policy: StreamingLLM, one: Text, prompt: int) -> np.ndarray:
-    q, k, v, *_ = _wide(one)
+    q, k, v, *_ = wide(one)
     out = []
     for t in range(len(q)):
         kept = np.array([p for p in range(t + 1) if p < policy.sinks or p > t - policy.window])
@@ -72,7 +73,7 @@ def _(policy: TidalDecode, one: Text, prompt: int) -> np.ndarray:
 
 def _best(one: Text, prompt: int, tokens: int, label: list[int]) -> np.ndarray:
     """Behind the prompt, each KV head sees the `tokens` best by these channels."""
-    _, _, v, q, k, places = _wide(one)
+    _, _, v, q, k, places = wide(one)
     out = []
     for t in range(len(q)):
         kept = np.tile(places <= t, (CONFIG.kv_heads, 1))
@@ -88,7 +89,7 @@ def _best(one: Text, prompt: int, tokens: int, label: list[int]) -> np.ndarray:
 
 @expected.register
 def _(policy: Int4KV, one: Text, prompt: int) -> np.ndarray:
-    _, _, v, q, k, places = _wide(one)
+    _, _, v, q, k, places = wide(one)
     out, size, codec = [], policy.block, policy.codec
 
     def coded(x: np.ndarray) -> np.ndarray:
@@ -109,7 +110,7 @@ def _(policy: Int4KV, one: Text, prompt: int) -> np.ndarray:
 
 @expected.register
 def _(policy: H2O, one: Text, prompt: int) -> np.ndarray:
-    _, _, v, q, k, places = _wide(one)
+    _, _, v, q, k, places = wide(one)
     kept, sums, out = np.zeros((CONFIG.kv_heads, len(q)), bool), np.zeros((CONFIG.kv_heads, len(q))), []
     for t in range(len(q)):
         kept[:, t] = True

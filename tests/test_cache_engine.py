@@ -10,6 +10,7 @@ from tokenloom import LLM, SamplingParams
 from tokenloom.attention.caches.double_sparsity import DoubleSparsity
 from tokenloom.attention.caches.gear import GEAR, Int4KV
 from tokenloom.attention.caches.h2o import H2O
+from tokenloom.attention.caches.minference import AShape, MInference
 from tokenloom.attention.caches.streaming import StreamingLLM
 from tokenloom.tests.engines import NEAR_TIE, TOLERANCE, greedy, prompts, same_tokens
 from tokenloom.tests.families import whole_logits
@@ -49,6 +50,20 @@ def test_room_for_all_is_the_plain_model(name):
     check_dense(llm, llm.generate(prompts(5, 1, 90), greedy(12)))
     assert llm.engine.pages.free == llm.engine.pages.num_pages - 1
     assert f"{ROOMY[name]!r}, without exactness" in repr(llm)
+
+
+def test_prompts_that_may_not_be_cut_wait_for_a_step_of_their_own():
+    """Sparse prompts, whole and never two halves; with room for all they are the plain model's."""
+    llm = engine(MInference(AShape(0, LENGTH)), page_size=None, max_num_batched_tokens=LENGTH)
+    chunks, take = [], llm.engine.scheduler._take
+
+    def watched(sequence, budget, found):
+        chunks.append((sequence.computed, take(sequence, budget, found), len(sequence.tokens)))
+        return chunks[-1][1]
+
+    llm.engine.scheduler._take = watched
+    check_dense(llm, llm.generate(prompts(4, 8, 150), greedy(6)))
+    assert all(start == 0 and count == known for start, count, known in chunks) and len(chunks) == 4
 
 
 def test_streaming_goes_on_where_positions_end():
@@ -99,6 +114,9 @@ def test_illegal_combinations_are_refused_when_the_engine_is_built():
     refused(both.format("StreamingLLM", "int8"), cache=StreamingLLM(), kv_cache_dtype="int8")
     refused(both.format("H2O", "tensor_parallel_size=2"), cache=H2O(), tensor_parallel_size=2)
     refused(both.format("GEAR", "page_size=16"), cache=GEAR(), page_size=16)
+    refused(
+        "needs prompts whole, but max_num_batched_tokens=64", cache=MInference(), max_num_batched_tokens=64
+    )
     refused("for attention, which mamba2 has none of", recurrent(), cache=H2O())
     refused("prefix_cache=True cannot hold: what H2O", cache=H2O(), prefix_cache=True)
     refused("wants 40 channels of heads of 16", cache=DoubleSparsity(channels=40))

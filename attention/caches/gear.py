@@ -62,12 +62,13 @@ class GEAR(Int4KV):
     """`Int4KV` with the share of `outliers` kept and the error's part of `rank` added (0.02, and 2 for blocks of
     generations, in the paper); without outliers it is GEAR-L."""
 
+    group: int = 64
     outliers: float = 0.02
     rank: int = 2
 
     @property
     def codec(self) -> Codec:
-        return Codec(self.bits, max(self.group, self.block), self.outliers, self.rank)
+        return Codec(self.bits, self.group, self.outliers, self.rank)
 
 
 @partial(
