@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ...attention.batch import Batch
 from ..sampling.sampler import Sampler, SamplerState
-from .draft import Accepted, Draft, Drafter, DraftShape, Model, Opened, Rows, Target, Verifier
+from .draft import Accepted, Draft, Drafter, DraftShape, Model, Opened, Pass, Rows, Target, Verifier
 from .history import History
 from .matching import SampleMatching
 
@@ -70,6 +70,7 @@ class OpenedCopySpec:
     def __init__(self, settings: CopySpec, fallback: Opened | None):
         self.settings, self.fallback = settings, fallback
         self.params, self.state = (fallback.params, fallback.state) if fallback else ({}, {})
+        self.taps = fallback.taps if fallback else ()
         self.verifier: Verifier = fallback.verifier if fallback else SampleMatching()
 
     @property
@@ -99,11 +100,11 @@ class OpenedCopySpec:
         return _either(length > 0, draft, _widen(other, shape.slots)), state, held
 
     def commit(
-        self, params: Any, state: Any, rows: Rows, draft: Draft, logits: jax.Array, accepted: Accepted
+        self, params: Any, state: Any, rows: Rows, draft: Draft, made: Pass, accepted: Accepted
     ) -> Any:
         if self.fallback is None:
             return state
-        return self.fallback.commit(params, state, rows, draft, logits, accepted)
+        return self.fallback.commit(params, state, rows, draft, made, accepted)
 
 
 def _widen(draft: Draft, slots: int) -> Draft:

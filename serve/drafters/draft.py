@@ -122,6 +122,16 @@ class Model:
     page_size: int
 
 
+@dataclass(frozen=True)
+class Pass:
+    """The target's pass over all slots of a draft: logits f32[B,N,V], hidden, x [B,N,E] behind each of `Opened.taps`
+    layers, and the decoder that made them."""
+
+    logits: jax.Array
+    hidden: tuple[jax.Array, ...] = ()
+    decoder: Decoder | None = None
+
+
 class Opened(Protocol):
     """A drafter with its weights, ready to be compiled into programs; its methods are pure.
 
@@ -141,6 +151,11 @@ class Opened(Protocol):
         ...
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        """Behind how many of the target's layers it wants to see x; ascending, fewer than all."""
+        ...
+
+    @property
     def follows(self) -> bool:
         """Whether `follow` has anything to do."""
         ...
@@ -157,9 +172,9 @@ class Opened(Protocol):
         ...
 
     def commit(
-        self, params: Any, state: Any, rows: Rows, draft: Draft, logits: jax.Array, accepted: Accepted
+        self, params: Any, state: Any, rows: Rows, draft: Draft, made: Pass, accepted: Accepted
     ) -> Any:
-        """State after the target's logits f32[B,N,V] of every slot and what was accepted of them."""
+        """State after the target's pass and what was accepted of the draft."""
         ...
 
 

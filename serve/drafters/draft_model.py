@@ -22,7 +22,7 @@ from ...model.state import make_state
 from ..sampling.keys import Purpose
 from ..sampling.sampler import Sampler, SamplerState
 from ..tokenizer import Tokenizer
-from .draft import Accepted, Draft, DraftShape, Model, Rows, Target
+from .draft import Accepted, Draft, DraftShape, Model, Pass, Rows, Target, Verifier
 from .matching import SampleMatching
 from .rejection import RejectionSampling
 
@@ -59,26 +59,32 @@ class DraftModel:
         return self.verify == "rejection"
 
     def open(self, target: Target) -> OpenedDraftModel:
-        if isinstance(self.model, ModelConfig):
-            folder, config = None, self.model
-        else:
-            folder = checkpoint.resolve(self.model)
-            config = checkpoint.load_config(folder)[1]
-        _check(config, folder, target)
-        numerics = replace(target.numerics, param_dtype=target.numerics.dtype)
-        params = (
-            checkpoint.random_params(config, numerics, self.seed)
-            if folder is None
-            else checkpoint.load(folder, config, numerics)
-        )
-        period = None if numerics.platform == "cpu" else period_of(config)
-        if period is None:
-            graphdef, _ = checkpoint.abstract(config, numerics)
-        else:
-            graphdef, _ = abstract_stacked(config, numerics, period)
-            params = stack(params, period)
-        state = jax.jit(lambda: make_state(config, target.capacity, period))()
-        return OpenedDraftModel(graphdef, params, state, self.draws)
+        verifier = RejectionSampling() if self.draws else SampleMatching()
+        return OpenedDraftModel(*open_model(self.model, self.seed, target), verifier)
+
+
+def open_model(model: str | Path | ModelConfig, seed: int, target: Target) -> tuple[nnx.GraphDef, Any, tuple]:
+    """(graphdef, params, empty pages) of a draft model for this target: a folder or hub name, or a config whose weights
+    are drawn from `seed`. ValueError where it does not suit the target."""
+    if isinstance(model, ModelConfig):
+        folder, config = None, model
+    else:
+        folder = checkpoint.resolve(model)
+        config = checkpoint.load_config(folder)[1]
+    _check(config, folder, target)
+    numerics = replace(target.numerics, param_dtype=target.numerics.dtype)
+    params = (
+        checkpoint.random_params(config, numerics, seed)
+        if folder is None
+        else checkpoint.load(folder, config, numerics)
+    )
+    period = None if numerics.platform == "cpu" else period_of(config)
+    if period is None:
+        graphdef, _ = checkpoint.abstract(config, numerics)
+    else:
+        graphdef, _ = abstract_stacked(config, numerics, period)
+        params = stack(params, period)
+    return graphdef, params, jax.jit(lambda: make_state(config, target.capacity, period))()
 
 
 def _check(config: ModelConfig, folder: Path | None, target: Target) -> None:
@@ -96,8 +102,8 @@ def _check(config: ModelConfig, folder: Path | None, target: Target) -> None:
     known = target.tokenizer
     if folder is not None and known is not None and not Tokenizer.load(folder).same_ids(known):
         raise ValueError(
-            f"the draft model {folder.name!r} has another tokenizer than the target: the same token ids stand for other "
-            "texts; take a draft model of the target's family"
+            f"the draft model {folder.name!r} has another tokenizer than the target: the same token ids stand for "
+            "other texts; take a draft model of the target's family"
         )
     longest = config.max_position
     if config.learned_positions is not None and longest < target.length:
@@ -107,34 +113,49 @@ def _check(config: ModelConfig, folder: Path | None, target: Target) -> None:
         )
 
 
-class OpenedDraftModel:
-    """params: the draft model's; state: its pages."""
+class OpenedModel:
+    """A draft model of any kind of draft. params: its weights; state: its pages."""
 
-    history, follows = False, True
+    history, follows, taps = False, True, ()
 
-    def __init__(self, graphdef: nnx.GraphDef, params: Any, state: tuple, draws: bool):
-        self.graphdef, self.params, self.state, self.draws = graphdef, params, state, draws
-        self.verifier = RejectionSampling() if draws else SampleMatching()
+    def __init__(self, graphdef: nnx.GraphDef, params: Any, state: tuple, verifier: Verifier):
+        self.graphdef, self.params, self.state, self.verifier = graphdef, params, state, verifier
 
-    def _run(self, params: Any, state: tuple, batch: Batch) -> tuple[Any, jax.Array, tuple]:
+    def run(self, params: Any, state: tuple, batch: Batch) -> tuple[Any, jax.Array, tuple]:
         model = nnx.merge(self.graphdef, params)
         x, state = model.run(model.embed(batch.tokens, batch), state, batch, range(model.num_layers))
         return model, x, state
 
     def follow(self, params: Any, state: tuple, batch: Batch) -> tuple:
-        return self._run(params, state, batch)[2]
+        return self.run(params, state, batch)[2]
+
+    def commit(
+        self, params: Any, state: tuple, rows: Rows, draft: Draft, made: Pass, accepted: Accepted
+    ) -> tuple:
+        """What was accepted is computed once more, all in one pass: the last token has no K and V here yet, and another
+        drafter may have drafted it."""
+        tokens = jnp.take_along_axis(draft.token, accepted.path, 1)
+        T = tokens.shape[1]
+        page_size = state[0].page_size
+        batch = line(rows, tokens, rows.lengths - 1 + T, page_size)
+        return self.run(params, state, batch)[2]
+
+
+class OpenedDraftModel(OpenedModel):
+    """Drafts one line: drawn where it is judged by rejection sampling, else the most likely tokens."""
 
     def propose(
         self, params: Any, state: tuple, rows: Rows, shape: DraftShape, sampler: Sampler, seated: SamplerState,
         model: Model,
     ) -> tuple[Draft, tuple, tuple]:  # fmt: skip
         token, tokens, probs = rows.root, [], []
+        draws = isinstance(self.verifier, RejectionSampling)
         for step in range(shape.depth):
             batch = line(rows, token[:, None], rows.lengths + step, model.page_size)
-            draft, x, state = self._run(params, state, batch)
+            draft, x, state = self.run(params, state, batch)
             logits = draft.head(draft.normalise(x)).astype(jnp.float32)
             positions = rows.lengths + step
-            if self.draws:
+            if draws:
                 z = sampler.process(seated, logits, rows.seats, positions, rows.live)
                 token = sampler.choose(seated, z, rows.seats, positions, rows.live, Purpose.DRAFT)
                 probs.append(sampler.probabilities(seated, z, rows.seats))
@@ -144,17 +165,6 @@ class OpenedDraftModel:
         count = jnp.full(rows.root.shape, shape.depth, jnp.int32)
         drawn = jnp.stack([*probs, probs[-1]], 1) if probs else None
         return Draft.chain(rows.root, jnp.stack(tokens, 1), count, drawn), state, model.state
-
-    def commit(
-        self, params: Any, state: tuple, rows: Rows, draft: Draft, logits: jax.Array, accepted: Accepted
-    ) -> tuple:
-        """What was accepted is computed once more, all in one pass: the last token has no K and V here yet, and another
-        drafter may have drafted it."""
-        tokens = jnp.take_along_axis(draft.token, accepted.path, 1)
-        T = tokens.shape[1]
-        page_size = state[0].page_size
-        batch = line(rows, tokens, rows.lengths - 1 + T, page_size)
-        return self._run(params, state, batch)[2]
 
 
 def line(rows: Rows, tokens: jax.Array, lengths: jax.Array, page_size: int) -> Batch:

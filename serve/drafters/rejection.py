@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ..sampling.inverse import inverse
+from ..sampling.inverse import inverse, pick
 from ..sampling.keys import Purpose
 from ..sampling.sampler import Sampler, SamplerState
 from .draft import Accepted, Draft, Rows
-from .matching import descend
+from .matching import children, descend, of_slot
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,21 @@ class RejectionSampling:
         self, sampler: Sampler, seated: SamplerState, draft: Draft, logits: jax.Array, rows: Rows, depth: int
     ) -> tuple[Accepted, SamplerState]:
         assert draft.probs is not None
-        last, probs = draft.token.shape[1] - 1, draft.probs
+        probs = draft.probs
 
-        def advance(seated: SamplerState, raw: jax.Array, node: jax.Array, alive: jax.Array):
+        def advance(seated: SamplerState, raw: jax.Array, at: jax.Array, alive: jax.Array):
             positions, seats = seated.length[rows.seats], rows.seats
             z = sampler.process(seated, raw, seats, positions, alive)
-            p = sampler.probabilities(seated, z, seats)
-            following = jnp.minimum(node + 1, last)
-            drafted = (node < last) & jnp.take_along_axis(draft.valid, following[:, None], 1)[:, 0]
-            token = jnp.take_along_axis(draft.token, following[:, None], 1)[:, 0]
-            q = jnp.take_along_axis(probs, node[:, None, None], 1)[:, 0]
-
-            def of(x: jax.Array) -> jax.Array:
-                return jnp.take_along_axis(x, token[:, None], 1)[:, 0]
-
+            p, q = sampler.probabilities(seated, z, seats), of_slot(probs, at)
+            below = children(draft, at)
+            drafted, token = below.any(1), of_slot(draft.token, below)
             u = sampler.uniforms(seated, seats, positions, Purpose.ACCEPT)
-            accepted = drafted & (u * of(q) < of(p))
+            accepted = drafted & (u * pick(q, token[:, None]) < pick(p, token[:, None]))
             rest = jnp.where(drafted[:, None], jnp.maximum(p - q, 0.0), p)
             rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)
             other, _ = inverse(rest, sampler.uniforms(seated, seats, positions, Purpose.SAMPLE))
             token = jnp.where(accepted, token, other)
             one, seated = sampler.settle(seated, raw, z, token, seats, positions, alive)
-            return one, jnp.where(accepted, node + 1, -1), seated
+            return one, below & accepted[:, None], seated
 
         return descend(advance, sampler, seated, logits, rows, depth)

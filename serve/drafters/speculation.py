@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,9 +21,10 @@ from flax import nnx
 from ...attention.batch import Batch, Shape, descriptor_size, make_batch, unpack
 from ...attention.caches.policy import CachePolicy
 from ...model.config import ModelConfig
+from ...model.decoder import Decoder
 from ..sampling.sampler import Sampled, Sampler, SamplerState
 from .controller import Always, Controller
-from .draft import Draft, Drafter, DraftShape, Model, Rows, Target
+from .draft import Draft, Drafter, DraftShape, Model, Pass, Rows, Target
 from .history import History
 
 if TYPE_CHECKING:
@@ -162,14 +164,12 @@ class Speculation:
             model = Model(decoder, state, page_size)
             draft, drafts, state = opened.propose(drafting, drafts, row, shape, sampler, seated, model)
             batch = tree_batch(row, draft, shape, page_size)
-            x, state = decoder.run(
-                decoder.embed(batch.tokens, batch), state, batch, range(decoder.num_layers)
-            )
-            logits = decoder.head(decoder.normalise(x)).reshape(rows, shape.slots, -1)
+            made, state = target_pass(decoder, state, batch, opened.taps)
+            logits = made.logits
             accepted, seated = opened.verifier.accept(sampler, seated, draft, logits, row, shape.depth)
             if not shape.chain:
                 state = tuple(entry.commit(batch, accepted.path) for entry in state)
-            drafts = opened.commit(drafting, drafts, row, draft, logits, accepted)
+            drafts = opened.commit(drafting, drafts, row, draft, made, accepted)
             return accepted.sampled, state, seated, drafts
 
         return run
@@ -203,6 +203,16 @@ def tree_batch(rows: Rows, draft: Draft, shape: DraftShape, page_size: int) -> B
         depths=None if shape.chain else draft.depth,
         ancestors=None if shape.chain else draft.ancestors(),
     )  # fmt: skip
+
+
+def target_pass(decoder: Decoder, state: tuple, batch: Batch, taps: tuple[int, ...]) -> tuple[Pass, tuple]:
+    """(the pass over a draft's slots, state), in spans of layers between the taps."""
+    x, seen, B, N = decoder.embed(batch.tokens, batch), [], batch.shape.B, batch.shape.q
+    for first, last in pairwise((0, *taps, decoder.num_layers)):
+        x, state = decoder.run(x, state, batch, range(first, last))
+        seen.append(x.reshape(B, N, -1))
+    logits = decoder.head(decoder.normalise(x)).reshape(B, N, -1)
+    return Pass(logits, tuple(seen[:-1]), decoder), state
 
 
 def check_drafter(drafter: Drafter, cache: CachePolicy, config: ModelConfig, *, devices: int) -> None:

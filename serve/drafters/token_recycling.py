@@ -18,7 +18,7 @@ import numpy as np
 
 from ...attention.batch import Batch
 from ..sampling.sampler import Sampler, SamplerState
-from .draft import Accepted, Draft, DraftShape, Model, Rows, Target
+from .draft import Accepted, Draft, DraftShape, Model, Pass, Rows, Target
 from .matching import SampleMatching
 
 
@@ -84,7 +84,7 @@ def _deepest(parents: tuple[int, ...]) -> int:
 class OpenedTokenRecycling:
     """params: nothing. state: the matrix i32[V,k]; a row of zeros is a token not seen yet."""
 
-    history = follows = False
+    history, follows, taps = False, False, ()
     verifier = SampleMatching()
 
     def __init__(self, settings: TokenRecycling, vocab: int):
@@ -115,7 +115,7 @@ class OpenedTokenRecycling:
         return draft, state, model.state
 
     def commit(
-        self, params: Any, state: jax.Array, rows: Rows, draft: Draft, logits: jax.Array, accepted: Accepted
+        self, params: Any, state: jax.Array, rows: Rows, draft: Draft, made: Pass, accepted: Accepted
     ) -> jax.Array:
         """Rows of the matrix for all tokens computed; of several slots with one token the one with the smallest slot,
         then row, writes."""
@@ -124,6 +124,6 @@ class OpenedTokenRecycling:
         token = jnp.where(used, draft.token.T.reshape(-1), V)
         order = jnp.arange(len(token), dtype=jnp.int32)
         first = jnp.full((V + 1,), len(token), jnp.int32).at[token].min(order)
-        _, best = jax.lax.top_k(jnp.swapaxes(logits, 0, 1).reshape(-1, V), k)
+        _, best = jax.lax.top_k(jnp.swapaxes(made.logits, 0, 1).reshape(-1, V), k)
         target = jnp.where(first[token] == order, token, V)
         return state.at[target].set(best.astype(jnp.int32), mode="drop")

@@ -41,3 +41,14 @@ def uniform(keys: jax.Array) -> jax.Array:
     """f32[N], one of 2**24 equally likely multiples of 2**-24 in [0, 1) for each key."""
     bits = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys)
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def uniforms(keys: jax.Array, count: int) -> jax.Array:
+    """f32[N,count], each as `uniform` gives it."""
+    bits = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(keys)
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def gumbels(keys: jax.Array, count: int) -> jax.Array:
+    """f32[N,count], independent standard Gumbel numbers with a full upper tail: what rare tokens are drawn by."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32, mode="high"))(keys)

@@ -332,7 +332,13 @@ class Sampler:
         self, state: SamplerState, seats: jax.Array, positions: jax.Array, purpose: Purpose
     ) -> jax.Array:
         """f32[N]: the uniform number of each row for the token at its position."""
-        return uniform(row_keys(state.seeds[seats], state.sample_index[seats], positions, purpose))
+        return uniform(self.keys(state, seats, positions, purpose))
+
+    def keys(
+        self, state: SamplerState, seats: jax.Array, positions: jax.Array, purpose: Purpose
+    ) -> jax.Array:
+        """keys[N]: the random key of each row for the token at its position."""
+        return row_keys(state.seeds[seats], state.sample_index[seats], positions, purpose)
 
     def _detail(self, state, raw, z, token, seats, ctx) -> jax.Array:
         """The packed log-probabilities of the tokens, from raw or processed logits."""
