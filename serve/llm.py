@@ -18,6 +18,7 @@ from ..attention.caches.policy import CachePolicy
 from ..model import checkpoint
 from ..model.config import ModelConfig
 from ..model.stacked import unstack
+from ..model.transforms.quantisation import parameter_count
 from ..model.transforms.transform import Transform
 from . import chat
 from .bounds import Bounds
@@ -363,7 +364,7 @@ class LLM:
         if self._closed:
             return f"LLM({self.name!r}, closed)"
         weights = jax.tree.leaves(self.engine.programs.params)
-        count = sum(leaf.size for leaf in weights)
+        count = parameter_count(self.config)
         size = sum(leaf.nbytes for leaf in weights) / 1e6
         pages = self.engine.pages
         pool = f"{pages.num_pages - 1} pages of {pages.page_size} tokens"

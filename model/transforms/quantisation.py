@@ -120,6 +120,11 @@ def _format(block: BlockConfig, path: str) -> QuantConfig:
     return found
 
 
+def parameter_count(config: ModelConfig) -> int:
+    """Weights of the model, however many codes share a byte."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(plain_config(config))[1]))
+
+
 def plain_config(config: ModelConfig) -> ModelConfig:
     """The config of the model before it was quantised."""
     blocks = tuple(replace(block, mixer_weights=None, channel_weights=None) for block in config.blocks)

@@ -11,6 +11,7 @@ import jax
 
 from ...attention.batch import Shape
 from ...model.config import ModelConfig
+from ...model.transforms.quantisation import parameter_count
 from .bound import bound
 from .ceilings import Ceilings, measure
 from .counters import Counters, Widths
@@ -102,7 +103,7 @@ class Telemetry:
             )
         programs, pages, scheduler = engine.programs, engine.pages, engine.scheduler
         leaves = jax.tree.leaves(programs.params)
-        size, count = sum(leaf.nbytes for leaf in leaves), sum(leaf.size for leaf in leaves)
+        size, count = sum(leaf.nbytes for leaf in leaves), parameter_count(config)
         dtype = jax.tree.leaves(programs.state)[0].dtype  # what is remembered has the activations' dtype
         device = next(iter(leaves[0].devices()))
         self.ceilings = self.ceilings or measure(device, str(dtype))
