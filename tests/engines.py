@@ -1,6 +1,7 @@
 """Engines and references that test modules share, built once a process."""
 
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -103,3 +104,22 @@ def mixed(draw: random.Random) -> SamplingParams:
     )  # fmt: skip
     steered = dict(top_k=0, top_p=1.0, min_p=0.0, mirostat_mode=draw.choice([1, 2]), mirostat_tau=4.0)
     return draw.choice([params, params, replace(params, **steered)])
+
+
+class Nothing:
+    """A controller that drafts nothing: plain decoding with the programs of an engine that speculates."""
+
+    def choose(self, rows):
+        return None
+
+    def observe(self, shape, emitted):
+        """A step from before may still be read."""
+
+
+@contextmanager
+def undrafted(llm: LLM):
+    """Plain decoding for a while."""
+    speculation = llm.engine.programs.speculation
+    before, speculation.controller = speculation.controller, Nothing()
+    yield
+    speculation.controller = before

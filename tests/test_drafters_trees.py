@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenloom import LLM, RSDC, RSDS, SamplingParams, SpecTr
 from tokenloom.serve.drafters.draft import Target
-from tokenloom.tests.engines import greedy, prompts, same_tokens
+from tokenloom.tests.engines import greedy, prompts, same_tokens, undrafted
 from tokenloom.tests.shapes import llama
 
 DRAFTERS = {
@@ -20,16 +20,6 @@ SIZES = dict(max_num_seqs=2, max_num_batched_tokens=32, page_size=16)
 DRAWN = SamplingParams(temperature=0.9, top_k=20, max_tokens=12, seed=4, n=2, ignore_eos=True)
 
 
-class Nothing:
-    """A controller that drafts nothing: plain decoding with the same programs."""
-
-    def choose(self, rows):
-        return None
-
-    def observe(self, shape, emitted):
-        raise AssertionError("nothing was drafted")
-
-
 @cache
 def speculating(name: str) -> LLM:
     return LLM.from_config(llama(), 0, progress=False, drafter=DRAFTERS[name], **SIZES)
@@ -38,11 +28,8 @@ def speculating(name: str) -> LLM:
 @cache
 def plain() -> list:
     llm = speculating("spectr")
-    speculation = llm.engine.programs.speculation
-    before, speculation.controller = speculation.controller, Nothing()
-    outputs = llm.generate(prompts(3, 5, 40), greedy(20), use_tqdm=False)
-    speculation.controller = before
-    return outputs
+    with undrafted(llm):
+        return llm.generate(prompts(3, 5, 40), greedy(20), use_tqdm=False)
 
 
 def generate(name: str, noise: float, texts, params) -> tuple[list, float]:
