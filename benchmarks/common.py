@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -77,6 +78,26 @@ def require_quiet(limit: float = 0.2) -> None:
     if load > limit:
         print(f"other processes keep {load:.2f} cores busy (limit {limit}): no figures from this run")
         sys.exit(EXIT_LOADED)
+
+
+def quiet_arguments(parser: argparse.ArgumentParser, loaded: str) -> argparse.Namespace:
+    """The command's arguments, with --allow-load beside its own: without it a loaded machine ends the run, with it
+    `loaded` says what its figures are worth."""
+    parser.add_argument(
+        "--allow-load", action="store_true", help="print times though others load the machine"
+    )
+    arguments = parser.parse_args()
+    if not arguments.allow_load:
+        require_quiet()
+    elif others_load() > 0.2:
+        print(f"loaded machine: {loaded}")
+    return arguments
+
+
+def still_quiet(arguments: argparse.Namespace) -> None:
+    """At the end: the machine has to be as quiet as it was."""
+    if not arguments.allow_load:
+        require_quiet()
 
 
 def read_bandwidth(megabytes: int = 1024) -> float:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import interleaved, others_load, require_quiet, table
+from common import interleaved, quiet_arguments, still_quiet, table
 from slots import compact
 from tokenloom import LLM, SamplingParams
 
@@ -73,14 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--allow-load", action="store_true", help="print times though others load the machine"
-    )
-    arguments = parser.parse_args()
-    if not arguments.allow_load:
-        require_quiet()
-    elif others_load() > 0.2:
-        print("loaded machine: the seconds below mean little")
+    arguments = quiet_arguments(parser, loaded="the seconds below mean little")
     draw, raw = random.Random(0), json.loads(DEMO.read_text())
     prompts = [[draw.randrange(3, 4096) for _ in range(PROMPT)] for _ in range(arguments.requests)]
     lengths = [draw.randint(SHORTEST, LONGEST) for _ in prompts]
@@ -114,8 +107,7 @@ def main() -> None:
     mean = sum(-(-(PROMPT + n) // page) * page for n in lengths) / len(lengths)
     rows.append((f"pages of {page}", "0", "0", "0", f"{mean:.0f} at the end"))
     print(table(rows))
-    if not arguments.allow_load:
-        require_quiet()
+    still_quiet(arguments)
 
 
 if __name__ == "__main__":

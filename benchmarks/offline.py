@@ -15,7 +15,7 @@ import random
 import time
 from pathlib import Path
 
-from common import others_load, require_quiet, table
+from common import quiet_arguments, still_quiet, table
 from tokenloom import LLM, BatchLLM, SamplingParams, SarathiServe
 
 PREFIXES, PREFIX, SUFFIX, OUTPUT, SEATS, PAGE = 8, 1024, 64, 32, 16, 16
@@ -61,14 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--model", nargs="+", choices=["tiny", "demo"], default=["tiny", "demo"])
-    parser.add_argument(
-        "--allow-load", action="store_true", help="print times though others load the machine"
-    )
-    arguments = parser.parse_args()
-    if not arguments.allow_load:
-        require_quiet()
-    elif others_load() > 0.2:
-        print("loaded machine: the seconds below mean little")
+    arguments = quiet_arguments(parser, loaded="the seconds below mean little")
     demo = json.loads(DEMO.read_text())
     for name in arguments.model:
         raw = demo | (TINY if name == "tiny" else {})
@@ -85,8 +78,7 @@ def main() -> None:
                          f"{one['real']:.0f}", f"{one['seconds']:.1f}"))  # fmt: skip
         rows.append(("least", f"{least:,}", f"{1 - least / total:.1%}", f"{first / least:.2f}", *["-"] * 4))
         print(table(rows), flush=True)
-    if not arguments.allow_load:
-        require_quiet()
+    still_quiet(arguments)
 
 
 if __name__ == "__main__":

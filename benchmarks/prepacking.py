@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from common import interleaved, others_load, require_quiet, table
+from common import interleaved, quiet_arguments, still_quiet, table
 from tokenloom import LLM
 from tokenloom.attention.batch import Shape, pack
 from tokenloom.serve.buckets import BucketPlan
@@ -152,14 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--allow-load", action="store_true", help="print times though others load the machine"
-    )
-    arguments = parser.parse_args()
-    if not arguments.allow_load:
-        require_quiet()
-    elif others_load() > 0.2:
-        print("loaded machine: CPU seconds of all threads")
+    arguments = quiet_arguments(parser, loaded="CPU seconds of all threads")
     clock = time.process_time if arguments.allow_load else time.perf_counter
     draw = np.random.default_rng(0)
     lengths = draw.integers(SHORTEST, LONGEST + 1, arguments.prompts).tolist()
@@ -181,8 +174,7 @@ def main() -> None:
         rows.append((name, str(len(calls)), f"{tokens:,}", f"{1 - sum(lengths) / tokens:.1%}",
                      f"{times[name]:.2f}", f"{first / times[name]:.2f}"))  # fmt: skip
     print(table(rows))
-    if not arguments.allow_load:
-        require_quiet()
+    still_quiet(arguments)
 
 
 if __name__ == "__main__":

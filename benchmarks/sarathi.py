@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from common import others_load, require_quiet, table
+from common import quiet_arguments, still_quiet, table
 from tokenloom import LLM, PrefillFirst, SamplingParams, SarathiServe
 
 PROMPT, OUTPUT, STREAMS, STREAM_PROMPT, BUDGET = 4096, 16, 6, 32, 512
@@ -90,14 +90,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", type=float, default=0.9)
-    parser.add_argument(
-        "--allow-load", action="store_true", help="print times though others load the machine"
-    )
-    arguments = parser.parse_args()
-    if not arguments.allow_load:
-        require_quiet()
-    elif others_load() > 0.2:
-        print("loaded machine: the ms below mean little")
+    arguments = quiet_arguments(parser, loaded="the ms below mean little")
     makers: dict[str, Callable[[], LLM]] = {
         f"SarathiServe, budget {BUDGET}": lambda: build(SarathiServe(), BUDGET),
         f"PrefillFirst, budget {BUDGET}": lambda: build(PrefillFirst(), BUDGET),
@@ -117,8 +110,7 @@ def main() -> None:
         rows.append((name, f"{max(one['steps']):.0f}", f"{ms.max():.1f}", f"{np.quantile(ms, 0.99):.1f}",
                      f"{np.median(ms):.2f}", f"{np.mean(one['first']):.0f}"))  # fmt: skip
     print(table(rows))
-    if not arguments.allow_load:
-        require_quiet()
+    still_quiet(arguments)
 
 
 if __name__ == "__main__":

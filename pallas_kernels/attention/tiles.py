@@ -47,11 +47,13 @@ class TpuTiles:
 
     @staticmethod
     def choose(case: Case, chip: Chip) -> TpuTiles:
-        """About 512 rows of packed queries against 512 keys, halved until the step fits in three quarters of VMEM."""
+        """About 512 rows of packed queries against 512 keys, halved until the step fits in three quarters of VMEM; half
+        the rows for wide heads in float32, whose products come in pieces that Mosaic spills to VMEM too."""
+        rows = 256 if case.head_dim > 128 and "float32" in (case.q_dtype, case.kv_dtype) else 512
         tiles = TpuTiles(
             case.tokens
             if case.part == "rows"
-            else min(-(-case.tokens // 8) * 8, max(8, 512 // case.group // 8 * 8)),
+            else min(-(-case.tokens // 8) * 8, max(8, rows // case.group // 8 * 8)),
             max(1, min(case.width, 512 // case.page_size, 16)),
         )
         while tiles.vmem_bytes(case) > chip.memory * 3 // 4:
