@@ -205,7 +205,9 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
         if build.num_pages < 2:
             raise ValueError(f"num_pages={build.num_pages} must be at least 2: page 0 is never used")
         return build.num_pages, size
-    return max(2, min(wanted, pool_bytes() // bytes_a_page)), size
+    place = build.placement(config)
+    shards = 1 if place is None else place.kv_shards
+    return max(2, min(wanted, pool_bytes() * shards // bytes_a_page)), size
 
 
 def usual_page_size(length: int) -> int:
@@ -227,7 +229,12 @@ def pool_bytes() -> int:
     stats = jax.devices()[0].memory_stats() if jax.devices()[0].platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
         return DEFAULT_POOL_BYTES
-    return max(DEFAULT_POOL_BYTES // 8, int(0.9 * stats["bytes_limit"]) - stats["bytes_in_use"] - (1 << 30))
+    return spare_bytes(stats["bytes_limit"], stats["bytes_in_use"])
+
+
+def spare_bytes(limit: int, used: int) -> int:
+    """What an engine gives its pool on a device with `limit` bytes, `used` of them: a tenth and 1 GiB stay free."""
+    return max(DEFAULT_POOL_BYTES // 8, int(0.9 * limit) - used - (1 << 30))
 
 
 def use_compilation_cache() -> None:

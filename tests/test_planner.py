@@ -6,6 +6,8 @@ from math import prod
 import jax
 import pytest
 import tokenloom
+from tokenloom.model.layers import Numerics
+from tokenloom.model.stacked import abstract_stacked, period_of
 from tokenloom.model.state import page_bytes
 from tokenloom.pallas_kernels.chips import TPUS
 from tokenloom.serve.build import Build
@@ -37,8 +39,9 @@ def case(model: str, topology: str, division: str, **build) -> Case:
 def test_every_known_model_has_its_published_parameters():
     assert sorted(PARAMETERS) == models.names()
     for name, count in PARAMETERS.items():
-        leaves = case(name, "v5e:1x1", "tensor", max_model_len=128).leaves.values()
-        assert sum(leaf.size for leaf in leaves) == count, name
+        config = models.find(name)[1]
+        specs = abstract_stacked(config, Numerics(), period_of(config))[1]
+        assert sum(leaf.size for leaf in jax.tree.leaves(specs)) == count, name
 
 
 @pytest.mark.parametrize(
@@ -138,8 +141,9 @@ def test_predicted_sizes_are_those_of_arrays(shape, size):
 
 
 def test_tiles():
-    assert tiled_bytes((17, 100), 4) == 24 * 128 * 4 and tiled_bytes((5, 8, 256), 2) == 5 * 8 * 256 * 2
-    assert tiled_bytes((3, 1, 128), 4) == 3 * 128 * 4 and tiled_bytes((3, 3, 128), 4) == 3 * 4 * 128 * 4
+    assert tiled_bytes((17, 1000), 4) == 24 * 1024 * 4 and tiled_bytes((5, 8, 256), 2) == 5 * 8 * 256 * 2
+    assert tiled_bytes((3, 1, 128), 4) == 3 * 128 * 4 and tiled_bytes((7, 3, 128), 4) == 8 * 3 * 128 * 4
+    assert tiled_bytes((17, 128, 16), 4) == 17 * 128 * 16 * 4 and tiled_bytes((0, 8), 4) == 0
     assert tiled_bytes((3,), 4) == 12
     spec = jax.ShapeDtypeStruct((9, 128), jax.numpy.bfloat16)
     assert placed_bytes({"a": spec}) == 16 * 128 * 2

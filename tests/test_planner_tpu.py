@@ -29,9 +29,9 @@ def small(**more) -> dict:
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
 CELLS = {
     "v5e:2x4": (small(), {}, "kv x rep"),
-    "v6e:2x2": (small(), {"kv_cache_dtype": "int8"}, "tensor"),
+    "v6e:2x2": (small(), {"kv_cache_dtype": "int8", "plan": "data=2"}, "tensor"),
     "v5p:2x2x1": (small(**MIXTURE), {}, "tensor"),
-    "tpu7x:1x1x1": (small(), {"plan": "data=2"}, ""),
+    "v4:2x2x1": (small(), {"plan": "data=4"}, ""),
 }
 
 
@@ -41,14 +41,10 @@ def test_executables_take_what_was_predicted(topology):
     report = tokenloom.plan(
         raw, topology, max_model_len=2048, max_num_seqs=16, max_num_batched_tokens=64, **more
     )
-    assert report.fits and [one.name.split("_")[0] for one in report.programs] == [
-        "decode",
-        "head",
-        "prefill",
-    ]
+    assert report.fits and [one.name.split("_")[0] for one in report.programs] == ["decode", "prefill"]
     for program in report.programs:
         assert program.deviation is not None and abs(program.deviation) < 0.03, program
-        assert program.temporaries < 0.25 * program.arguments
+        assert program.temporaries < 0.05 * program.arguments
         assert program.work is not None and program.work.binds in ("bandwidth", "compute", "interconnect")
     assert report.compiled_bytes is not None and report.compiled_bytes < report.memory.available
     decode = report.programs[0]
@@ -57,8 +53,8 @@ def test_executables_take_what_was_predicted(topology):
     if not axis:
         assert not decode.collectives
         return
-    # The embedding and both mixers of 3 layers, each [16, 2048] in bfloat16 (of a mixture a row for each expert).
+    # The embedding and both mixers of 3 layers, each [16, 2048] in bfloat16; a mixture sums a row for each expert.
     assert {one.axis for one in reduces} == {axis}
-    rows = sum(one.bytes * one.times for one in reduces) / (2048 * 2)
-    assert rows >= 16 * (1 + 2 * 3) and decode.work is not None
-    assert decode.work.sent == pytest.approx(report.work[0].sent, rel=0.35)
+    rows = sum(one.bytes * one.times for one in reduces) / (16 * 2048 * 2)
+    assert rows == (1 + 3 + 3 * 2 if raw["model_type"] == "mixtral" else 1 + 2 * 3)
+    assert decode.work is not None and decode.work.sent == pytest.approx(report.work[0].sent)

@@ -52,6 +52,10 @@ class PlannedSampler(Sampler):
         )
 
 
+class TooLarge(ValueError):
+    """The compiler found no room for a program; the message is its own."""
+
+
 class PlannedPrograms(Programs):
     """The programs of an engine that is not built: they lower and compile, and there is nothing to run them on."""
 
@@ -64,26 +68,31 @@ class PlannedPrograms(Programs):
         )  # fmt: skip
 
     def chosen(self, full: bool) -> dict[Any, Any]:
-        """Jobs by key: a decode step's two programs and the largest prefill, or all."""
+        """Jobs by key: the backbones of the widest decode and of the largest prefill, or all programs."""
         jobs, plan = self._jobs(), self.plan
-        wanted = (
-            plan.shape(plan.max_num_seqs, 0),
-            ("head", plan.max_num_seqs),
-            plan.shape(0, plan.chunks[-1]),
-        )
+        wanted = (plan.shape(plan.max_num_seqs, 0), plan.shape(0, plan.chunks[-1]))
         return jobs if full else {key: jobs[key] for key in wanted}
 
 
 def compile_programs(case: Case, full: bool) -> Iterator[Program]:
-    """The programs of a case, one after the other."""
+    """The programs of a case, one after the other; `TooLarge` where one has no room."""
     case = replace(case, devices=tuple(case.topology.compile_only()))
-    programs = PlannedPrograms.of(case)
-    for key, job in programs.chosen(full).items():
+    for key, job in PlannedPrograms.of(case).chosen(full).items():
         started = time.perf_counter()
-        lowered = job()
-        executable = lowered.compile()
-        seconds = time.perf_counter() - started
-        yield _read(case, key, executable, _text(executable, lowered), seconds)
+        with tempfile.TemporaryDirectory() as folder:
+            executable = _compile(job(), Path(folder))
+            seconds, text = time.perf_counter() - started, _text(executable, Path(folder))
+        yield _read(case, key, executable, text, seconds)
+
+
+def _compile(lowered: Any, folder: Path) -> Any:
+    """The executable; libtpu writes what it makes of the program to `folder`."""
+    try:
+        return lowered.compile({"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TooLarge(str(error).splitlines()[0]) from error
 
 
 def _read(case: Case, key: Any, executable: Any, text: str | None, seconds: float) -> Program:
@@ -109,13 +118,13 @@ def _name(shape: Shape) -> str:
     return f"{shape.kind}_B{shape.B}_C{shape.C}"
 
 
-def _text(executable: Any, lowered: Any) -> str | None:
-    """The scheduled program. Where this process cannot read what libtpu hands over (its versions of XLA may differ), it
-    is compiled once more and libtpu writes the text to a file; None when that fails too."""
+def _text(executable: Any, folder: Path) -> str | None:
+    """The scheduled program as libtpu wrote it to `folder`. What it hands over in memory says the same, but JAX's own
+    XLA, of another version, cannot always read that; None when neither can be had."""
+    files = list(folder.glob("*after_optimizations_after_buffer_assignment.txt"))
+    if files:
+        return files[0].read_text()
     try:
         return executable.as_text()
     except jax.errors.JaxRuntimeError:
-        with tempfile.TemporaryDirectory() as folder:
-            lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-            files = list(Path(folder).glob("*after_optimizations_after_buffer_assignment.txt"))
-            return files[0].read_text() if files else None
+        return None

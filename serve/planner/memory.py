@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import permutations
 from math import prod
 from typing import Any
 
@@ -22,7 +23,7 @@ from ...sharding.division import Division
 from ...sharding.placement import Placement
 from ...sharding.topology import Topology
 from ..buckets import BucketPlan
-from ..build import Build, choose_length, choose_numerics, usual_page_size, with_length
+from ..build import Build, choose_length, choose_numerics, spare_bytes, usual_page_size, with_length
 from ..sampling.sampler import CONSTRAINED, Sampler
 
 SLACK = 0.01
@@ -52,17 +53,20 @@ class Memory:
 
 
 ROWS, LANES = 8, 128
-"""A TPU stores the last two dimensions of an array in tiles of so many rows (or 1, 2 or 4, where there are no more) and
-lanes."""
+"""A TPU stores two dimensions of an array in tiles of so many rows (1, 2 or 4, where there are no more) and lanes."""
 
 
 def tiled_bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    """Bytes of an array as a TPU stores it."""
-    if len(shape) < 2:
-        return prod(shape) * itemsize
-    *lead, rows, lanes = shape
-    tile = ROWS if rows > ROWS // 2 else 1 << max(0, rows - 1).bit_length()
-    return prod(lead) * -(-rows // tile) * tile * -(-lanes // LANES) * LANES * itemsize
+    """Bytes of an array as a TPU stores it: the compiler chooses the two dimensions that waste least."""
+
+    def padded(rows: int, lanes: int) -> float:
+        tile = ROWS if rows > ROWS // 2 else 1 << (rows - 1).bit_length()
+        return -(-rows // tile) * tile / rows * -(-lanes // LANES) * LANES / lanes
+
+    size = prod(shape)
+    if len(shape) < 2 or size == 0:
+        return size * itemsize
+    return round(min(padded(*pair) for pair in permutations(shape, 2)) * size) * itemsize
 
 
 def placed_bytes(specs: Any) -> int:
@@ -215,8 +219,14 @@ class Case:
         return self.sequences_that_fit >= self.seats
 
     @property
+    def default_pages(self) -> int:
+        """What an engine takes without `num_pages`, where it is less than `pages`."""
+        page = self._state_bytes[0]
+        return min(self.pages, spare_bytes(self.topology.device.memory, self.weight_bytes) // max(1, page))
+
+    @property
     def pages(self) -> int:
-        """The pool that an engine would have: every seat at full length, or what there is room for."""
+        """A pool for every seat at full length, or what there is room for."""
         return max(2, min(self.seats * self.width + 1, self.pages_that_fit))
 
     @property

@@ -19,7 +19,7 @@ from ...sharding.division import Division, divisions
 from ...sharding.topology import GENERATIONS, Topology
 from ..build import Build
 from . import models
-from .compiled import compile_programs
+from .compiled import TooLarge, compile_programs
 from .floors import Work, backbone_work, head_work
 from .memory import Case
 from .report import Alternative, Model, Report, Room, Slice
@@ -43,11 +43,12 @@ def plan(
 ) -> Report:
     """What `model` needs on `topology`, and how fast it could be at best.
 
-    model: a name (`tokenloom plan --help` lists them), a config.json or a checkpoint's folder; topology: "v5e:4x4" or
-    "v5e-16"; plan: "auto", or factors as in `sharding/division.py`. Sizes are the engine's settings, a replica;
+    model: a known name, a config.json (its path or what it holds) or a checkpoint's folder; topology: "v5e:4x4" or
+    "v5e-16"; plan: "auto", or factors as in `sharding/division.py`. Sizes are an engine's settings, of one replica;
     max_num_seqs None: as many, in powers of two up to 256, as fit at max_model_len (None: 8,192, or what the model
-    can). compile: also compile a decode step and the largest prefill, or with `full` every program. ValueError for what
-    cannot be, naming the nearest that can; a model that does not fit is a report with advice.
+    can). compile: also compile the widest decode and the largest prefill, or with `full` every program.
+
+    ValueError for what cannot be, naming the nearest that can; a model that does not fit is a report with advice.
     """
     name, config = models.find(model)
     where = Topology.parse(topology)
@@ -60,7 +61,23 @@ def plan(
     report = _report(name, case, dtype, automatic=max_num_seqs is None)
     if not compile or not case.fits:
         return report
-    return replace(report, programs=tuple(compile_programs(case, full)))
+    return _with_programs(report, case, full)
+
+
+def _with_programs(report: Report, case: Case, full: bool) -> Report:
+    """The report with what the compiler says; a program that it finds no room for is a no after all."""
+    programs, notes = [], list(report.notes)
+    try:
+        programs.extend(compile_programs(case, full))
+    except TooLarge as error:
+        notes.append(f"a program does not compile: {error}")
+        report = replace(report, fits=False, advice=tuple(_advice(case)))
+    hungry = [one.name for one in programs if one.temporaries > 2 * case.memory.temporaries + (64 << 20)]
+    if hungry:
+        notes.append(
+            f"{', '.join(hungry)}: temporaries far above the estimate; the compiler copies weights or pages every time"
+        )
+    return replace(report, notes=tuple(notes), programs=tuple(programs))
 
 
 def _case(
@@ -128,7 +145,7 @@ def _report(name: str, case: Case, dtype: str | None, automatic: bool) -> Report
         Room(case.kv_bytes, case.token_bytes, case.sequences_that_fit, case.pages, case.page_size),
         (*decode_work(case), backbone_work(case, "prefill", [], [(0, chunk)])),
         tuple(_alternative(one) for one in _working(config, where, build, dtype, automatic)),
-        () if case.fits else tuple(_advice(case, dtype)), notes,
+        () if case.fits else tuple(_advice(case)), notes,
     )  # fmt: skip
 
 
@@ -165,12 +182,17 @@ def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
             f"planned only: {case.topology} spans {case.topology.hosts} hosts, and an engine runs on the devices of "
             f"one process"
         )
+    if case.kv_bytes and case.fits and case.default_pages < case.pages:
+        notes.append(
+            f"start it with num_pages={case.pages}: by itself an engine leaves a tenth of the memory and 1 GiB free "
+            f"and takes {case.default_pages} pages"
+        )
     return _runs(case), tuple(notes)
 
 
-def _advice(case: Case, dtype: str | None) -> Iterator[str]:
+def _advice(case: Case) -> Iterator[str]:
     """What would make it fit; each was tried."""
-    build, where = case.build, case.topology
+    build, where, dtype = case.build, case.topology, str(case.numerics.param_dtype)
     if case.sequences_that_fit:
         yield f"fewer sequences: max_num_seqs={case.sequences_that_fit}"
     shorter = (case.pages_that_fit - 1) // case.seats * case.page_size if case.width else 0
