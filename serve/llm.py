@@ -76,7 +76,7 @@ class LLM:
         cache: what attention layers remember (`attention.caches`): StreamingLLM, DoubleSparsity and others; None:
             every key and value in pages. `repr` says what a cache goes without.
         drafter: guesses tokens ahead, which the model then checks all at once (`serve.drafters`): DraftModel,
-            TokenRecycling, CopySpec. None: one token at a time.
+            TokenRecycling, CopySpec, SpecTr, RSDC, RSDS, DEL. None: one token at a time.
         controller: decides from load and acceptance how much is drafted, and when nothing is: SmartSpec. None: the
             drafter's most, in every step that carries no prompt.
         transforms: what changes the model before it runs (`model.transforms`): Int8(), Int4(), Fp8() and others, in

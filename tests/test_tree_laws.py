@@ -4,16 +4,13 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import chisquare
-from tokenloom.serve.drafters.draft import Rows
-from tokenloom.serve.drafters.drawn_tree import draw_tree
 from tokenloom.serve.drafters.rsd import Beam, Branches, WithoutReplacement
 from tokenloom.serve.drafters.spectr import KSequential, Lines, transport
-from tokenloom.serve.sampling.sampler import Sampler
+from tokenloom.tests.tables import Drawn, draw
 
 V, DRAWS = 4, 200_000
 
@@ -21,8 +18,8 @@ V, DRAWS = 4, 200_000
 @cache
 def tables() -> tuple[np.ndarray, np.ndarray]:
     """Two models that look at the last token only, f64[V,V] each; both have zeros, at different places."""
-    draw = np.random.default_rng(3)
-    p, q = draw.dirichlet(np.ones(V), V), draw.dirichlet(np.ones(V), V)
+    random = np.random.default_rng(3)
+    p, q = random.dirichlet(np.ones(V), V), random.dirichlet(np.ones(V), V)
     p[0, 1] = p[2, 3] = q[0, 2] = q[3, 0] = q[3, 1] = q[3, 2] = 0.0
     return p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
 
@@ -37,34 +34,13 @@ GROWTHS = {
 
 
 @cache
-def drawn(name: str):
-    """(sampler, its state, rows, tree, the target's logits of every slot) of many rows that draw."""
-    growth, depth = GROWTHS[name]
-    p, q = (jnp.log(jnp.asarray(table, jnp.float32)) for table in tables())
-    sampler, ids = Sampler(V, DRAWS, (), max_logprobs=1), jnp.arange(DRAWS, dtype=jnp.int32)
-    seeds = jnp.asarray(np.random.default_rng(0).integers(0, 2**32, (DRAWS + 1, 2)), jnp.uint32)
-    lengths = jnp.full((DRAWS,), 5, jnp.int32)
-    state = replace(
-        sampler.init(), seeds=seeds, greedy=jnp.zeros(DRAWS + 1, bool), length=jnp.append(lengths, 0)
-    )
-    rows = Rows(lengths, ids, jnp.ones(DRAWS, bool), jnp.zeros((DRAWS, 0), jnp.int32), jnp.zeros_like(ids))
-
-    @jax.jit
-    def draw(rows, state):
-        def look(tree, first, level, held):
-            return q[tree.token[:, first:]], held
-
-        tree, _ = draw_tree(growth, look, None, rows, depth, sampler, state)
-        return tree, p[tree.token]
-
-    return (sampler, state, rows, *draw(rows, state))
+def drawn(name: str) -> Drawn:
+    return draw(*GROWTHS[name], *tables(), DRAWS)
 
 
 def first_three(name: str, verifier) -> np.ndarray:
     """How often each of the V**3 beginnings came, where the target goes on alone behind what was emitted."""
-    sampler, state, rows, tree, logits = drawn(name)
-    run = jax.jit(lambda s, r, t, z: verifier.accept(sampler, s, t, z, r, GROWTHS[name][1])[0].sampled)
-    sampled = run(state, rows, tree, logits)
+    sampled = drawn(name).judged(verifier).sampled
     token, count = np.asarray(sampled.token).copy(), np.asarray(sampled.count)
     assert count.min() >= 1 and count.max() <= 3
     ends, noise = tables()[0].cumsum(1), np.random.default_rng(1)
@@ -118,10 +94,7 @@ def test_a_wrong_verifier_is_found_out(name, verifier):
 
 def test_siblings_without_replacement_cover_the_target():
     """All tokens are children of the root, so one of them is accepted in every row whose token the draft can draw."""
-    sampler, state, rows, tree, logits = drawn("rsd-c-all")
-    accepted, _ = jax.jit(WithoutReplacement(4).accept, static_argnums=(0, 5))(
-        sampler, state, tree, logits, rows, 2
-    )
+    accepted = drawn("rsd-c-all").judged(WithoutReplacement(4))
     p, q = tables()
     out = p[0][q[0] == 0].sum()
     alone = float((np.asarray(accepted.sampled.count) == 1).mean())
@@ -131,7 +104,7 @@ def test_siblings_without_replacement_cover_the_target():
 def test_siblings_of_a_tree_are_distinct_and_possible():
     q = tables()[1]
     for name in ("rsd-c", "rsd-s"):
-        tree = drawn(name)[3]
+        tree = drawn(name).tree
         token, parent, valid = (np.asarray(x)[:5000] for x in (tree.token, tree.parent, tree.valid))
         for slot in range(1, token.shape[1]):
             above = np.take_along_axis(token, np.maximum(parent[:, slot : slot + 1], 0), 1)[:, 0]
@@ -147,7 +120,7 @@ def test_a_beam_draws_whole_lines_without_replacement():
     law = np.array([q[0, a] * q[a, b] for a, b in product(range(V), repeat=2)])
     may = law > 0
     for name in ("rsd-s", "rsd-s-one"):
-        tree = drawn(name)[3]
+        tree = drawn(name).tree
         W = GROWTHS[name][0].width
         slot = np.asarray(tree.parent)[:, 1 + W]
         pair = np.stack([np.take_along_axis(np.asarray(tree.token), slot[:, None], 1)[:, 0],
@@ -160,8 +133,8 @@ def test_a_beam_draws_whole_lines_without_replacement():
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_transport_by_enumeration(count):
     """The law of k-sequential selection, summed over all candidates, is p; it accepts 1 - 1/e of the bound at least."""
-    draw = np.random.default_rng(count)
-    pairs = [(draw.dirichlet(np.full(V, a), 2)) for a in (0.2, 1.0, 3.0) for _ in range(10)]
+    random = np.random.default_rng(count)
+    pairs = [(random.dirichlet(np.full(V, a), 2)) for a in (0.2, 1.0, 3.0) for _ in range(10)]
     pairs += [
         np.array([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]]),
         np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0]]),
