@@ -20,8 +20,11 @@ from tokenloom.adapt import data
 from tokenloom.adapt.evaluate import Evaluator
 from tokenloom.model import checkpoint
 from tokenloom.model.checkpoint import abstract, load, load_config
+from tokenloom.model.decoder import Decoder
 from tokenloom.model.layers import Numerics
-from tokenloom.model.transforms.transform import assemble
+from tokenloom.model.transforms.calibration import block_inputs, embedded, windows
+from tokenloom.model.transforms.cats import empty_blocks, gate_magnitudes
+from tokenloom.model.transforms.transform import assemble, leaves_of
 from tokenloom.serve.tokenizer import Tokenizer
 
 METHODS = {
@@ -65,7 +68,22 @@ def quality(files: int, context: int, only: str) -> None:
             )
         )
         print(rows[-1], flush=True)
+        if isinstance(transform, CATS):
+            print(empty_shares(model, found, calibration))
     print(f"{len(texts)} files, {score.bytes} bytes, context {context}\n{table(rows)}")
+
+
+def empty_shares(model: Decoder, cut: Decoder, calibration: list[list[int]]) -> str:
+    """For the middle layer: the share of gates cut and of blocks of neighbours that a token does not need at all."""
+    tokens, layer = windows(calibration, 256, "CATS")[-8:], model.num_layers // 2
+    x = embedded(model, tokens)
+    for index in range(layer + 1):
+        held = leaves_of(model.blocks[index])
+        half, x = block_inputs(model.config.blocks[index], model.numerics, held, x, tokens)
+    magnitudes = gate_magnitudes(model.config.blocks[layer], model.numerics, held, half)
+    theta = leaves_of(cut)[f"blocks.{layer}.channel.threshold"]
+    shares = {size: f"{empty_blocks(magnitudes, theta, size):.3f}" for size in (1, 8, 16, 128)}
+    return f"    layer {layer}: share of blocks of neurons without a survivor, by size: {shares}"
 
 
 def speed(batches: list[int], prompt: int, rounds: int) -> None:
@@ -73,37 +91,27 @@ def speed(batches: list[int], prompt: int, rounds: int) -> None:
     from decode import tokenloom
     from llamacpp import llama_decode, llama_prompt, tokenloom_prompt
 
+    require_quiet()
     print(f"read bandwidth {read_bandwidth():.1f} GB/s")
     int8 = {"transforms": [Int8()]}
-    tasks = [
-        (
-            f"batch {batch}, ms a step", 1.0,
-            {
-                "tokenloom float32": tokenloom("float32", batch),
-                "tokenloom Int8()": tokenloom("float32", batch, **int8),
-                "llama.cpp f32": llama_decode("f32", batch),
-                "llama.cpp q8_0": llama_decode("q8_0", batch),
-            },
+    for size in (*batches, None) if prompt else batches:
+        ours, theirs, what, title, unit = (
+            (tokenloom_prompt, llama_prompt, prompt, f"a prompt of {prompt}, ms", 1e3)
+            if size is None
+            else (tokenloom, llama_decode, size, f"batch {size}, ms a step", 1.0)
         )
-        for batch in batches
-    ]  # fmt: skip
-    tasks += [
-        (
-            f"a prompt of {prompt}, ms", 1e3,
-            {
-                "tokenloom float32": tokenloom_prompt("float32", prompt),
-                "tokenloom Int8()": tokenloom_prompt("float32", prompt, **int8),
-                "llama.cpp f32": llama_prompt("f32", prompt),
-                "llama.cpp q8_0": llama_prompt("q8_0", prompt),
-            },
-        )
-    ] * (prompt > 0)  # fmt: skip
-    require_quiet()
-    for title, unit, contenders in tasks:
+        contenders = {
+            "tokenloom float32": ours("float32", what),
+            "tokenloom Int8()": ours("float32", what, **int8),
+            "llama.cpp f32": theirs("f32", what),
+            "llama.cpp q8_0": theirs("q8_0", what),
+        }
         times = interleaved(contenders, rounds)
-        ours = times["tokenloom float32"]
         rows = [(title, "time", "times as fast as tokenloom float32")]
-        rows += [(name, f"{value * unit:.2f}", f"{ours / value:.2f}") for name, value in times.items()]
+        rows += [
+            (name, f"{value * unit:.2f}", f"{times['tokenloom float32'] / value:.2f}")
+            for name, value in times.items()
+        ]
         print(table(rows), flush=True)
     require_quiet()
 

@@ -369,7 +369,7 @@ def test_depth_never_grows_along_a_text():
 @pytest.mark.parametrize("name", ("unified", "skip-decode"))
 def test_an_engine_that_skips_equals_one_pass_with_masks(name):
     """Decoding step by step, alone and in company, with preemption: each token's layers follow from its place."""
-    sizes = {**SIZES, "page_size": 8, "num_pages": 14, "max_num_seqs": 3}
+    sizes = {**SIZES, "page_size": 8, "num_pages": 8, "max_num_seqs": 2, "max_model_len": 48}
     with LLM.from_config(deep(), 1, transforms=[TRANSFORMS[name]], **sizes) as engine:
         assert not engine.engine.pages.sharing
         for output in engine.generate(prompts(3, 5, 24), greedy(16)):

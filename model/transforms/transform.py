@@ -43,8 +43,8 @@ class Transform(Protocol):
         ...
 
 
-def leaves_of(model: Decoder) -> dict[str, jax.Array]:
-    """{dotted path: array} of a decoder."""
+def leaves_of(model: nnx.Module) -> dict[str, jax.Array]:
+    """{dotted path: array} of a decoder, or of a part of one."""
     return flatten(nnx.to_pure_dict(nnx.state(model)))
 
 
