@@ -20,6 +20,7 @@ CASES = {
     "SpecTr, 4 lines of 4": (Lines(4), 4),
     "RSD-C (4, 1, 1, 1)": (Branches((4, 1, 1, 1)), 4),
     "RSD-S, 4 wide, 4 deep": (Beam(4), 4),
+    "RSD-C (2, 2, 1, 1)": (Branches((2, 2, 1, 1)), 4),
     "one line of 8": (Lines(1), 8),
     "SpecTr, 2 lines of 4": (Lines(2), 4),
     "RSD-C (2, 1, 1, 1)": (Branches((2, 1, 1, 1)), 4),
