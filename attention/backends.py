@@ -35,8 +35,7 @@ def backends(chip: Chip, measured: Path | None = None) -> tuple[Backend, ...]:
 def named(name: str, chip: Chip) -> tuple[Backend, ...]:
     """Only the back end "blockwise", "tpu" or "triton".
 
-    Kernels for another chip than this one run interpreted: slowly, for
-    tests and for writing kernels on a laptop."""
+    Kernels for another chip than this one run interpreted: slowly, for tests and for writing kernels on a laptop."""
     if name == "blockwise":
         return (Blockwise(lie="transposed" if chip.platform == "cpu" else "rows"),)
     if name == "tpu":

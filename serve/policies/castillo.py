@@ -15,7 +15,7 @@ from math import inf, sqrt
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .policy import Policy, Ranked
+from .policy import Ranked
 
 if TYPE_CHECKING:
     from ..pages import PageAllocator
@@ -144,7 +144,7 @@ class Place:
         return self.key < other.key
 
 
-class Castillo(Policy):
+class Castillo(Ranked):
     """A sequence starts beside others when all fit with what they will still write, at a quantile.
 
     The sum of the running sequences' growth is taken as normal: mean + z(quantile) * standard deviation of
@@ -175,32 +175,13 @@ class Castillo(Policy):
             raise ValueError(f"horizon={horizon} must be at least 1 token, or None for the whole output")
         self.z, self.lengths = NormalDist().inv_cdf(quantile), distribution or Empirical()
         self.horizon, self.shortest_first, self.aging = horizon, shortest_first, aging
-        self._waiting, self._arrivals = Ranked(), 0
+        super().__init__()
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, sequence: Sequence) -> None:
-        self._arrivals += 1
-        given = len(sequence.tokens)
-        expected = 0.0
+    def rank(self, sequence: Sequence, arrivals: int) -> Place:
+        given, expected = len(sequence.tokens), 0.0
         if self.shortest_first:
             expected = self.lengths.remaining(sequence, 0, max(sequence.limit - given, 1))[0]
-        sequence.rank = Place((expected + self.aging * self._arrivals, self._arrivals), given)
-        self._waiting.push(sequence)
-
-    def requeue(self, sequence: Sequence) -> None:
-        self._waiting.push(sequence)
-
-    def peek(self) -> Sequence | None:
-        return self._waiting.peek()
-
-    def pop(self) -> Sequence:
-        return self._waiting.pop()
-
-    def discard(self, sequence: Sequence) -> None:
-        del sequence
-        self._waiting.discard()
+        return Place((expected + self.aging * arrivals, arrivals), given)
 
     def admits(self, sequence: Sequence, pages: PageAllocator, running: list[Sequence]) -> bool:
         fresh = pages.cost(sequence.chain, sequence.tokens, sequence.lookup)

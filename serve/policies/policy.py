@@ -118,18 +118,27 @@ class FirstCome(Policy):
         del self._waiting[sequence]
 
 
-class Ranked:
-    """Waiting sequences by `rank` (unique, comparable), lowest first. Those that ended are dropped when they come
-    up, or together when they are the majority."""
+class Ranked(Policy):
+    """Waiting sequences by `rank` (unique, comparable), which a policy gives each when it arrives, lowest first. Those
+    that ended are dropped when they come up, or together when they are the majority."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[Any, Sequence]] = []
-        self._ended = 0
+        self._ended = self._arrivals = 0
+
+    @abstractmethod
+    def rank(self, sequence: Sequence, arrivals: int) -> Any:
+        """The rank of a sequence that is the `arrivals`-th to arrive."""
 
     def __len__(self) -> int:
         return len(self._heap) - self._ended
 
-    def push(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence) -> None:
+        self._arrivals += 1
+        sequence.rank = self.rank(sequence, self._arrivals)
+        self.requeue(sequence)
+
+    def requeue(self, sequence: Sequence) -> None:
         heapq.heappush(self._heap, (sequence.rank, sequence))
 
     def peek(self) -> Sequence | None:
@@ -141,7 +150,8 @@ class Ranked:
     def pop(self) -> Sequence:
         return heapq.heappop(self._heap)[1]
 
-    def discard(self) -> None:
+    def discard(self, sequence: Sequence) -> None:
+        del sequence
         self._ended += 1
         if 2 * self._ended > len(self._heap):
             self._heap = [entry for entry in self._heap if not entry[1].finished]
