@@ -6,6 +6,7 @@ from math import prod
 import jax
 import pytest
 import tokenloom
+from jax.experimental.pallas import tpu as pltpu
 from tokenloom.model.layers import Numerics
 from tokenloom.model.stacked import abstract_stacked, period_of
 from tokenloom.model.state import page_bytes
@@ -73,17 +74,13 @@ def test_every_slice_is_found_by_both_names():
 def test_chips_agree_with_jax():
     """Peaks and bandwidth are those of JAX's own table, to what its rounding leaves (v5p's bandwidth there is 2.46e12,
     the documentation's 2.765e12)."""
-    info = pytest.importorskip("jax._src.pallas.mosaic.tpu_info")
     for one in GENERATIONS:
-        version = info.chip_version_from_device_kind(one.kind)
-        if version is None:
-            continue
-        cores = version.num_physical_tensor_cores_per_chip
-        known = info._get_tpu_info_impl(version, 1)
-        assert one.bf16 == pytest.approx(cores * known.bf16_ops_per_second, rel=0.01)
-        assert one.bandwidth == pytest.approx(cores * known.mem_bw_bytes_per_second, rel=0.13)
-        assert 0.9 < one.memory / (cores * known.hbm_capacity_bytes) < 1.01
-        assert TPUS[one.kind].memory == known.vmem_capacity_bytes
+        device, cores = next(one.topologies()).device, TPUS[one.kind].cores
+        known = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(one.name.removeprefix("tpu")), cores)
+        assert device.flops == pytest.approx(cores * known.bf16_ops_per_second, rel=0.01)
+        assert device.bandwidth == pytest.approx(cores * known.mem_bw_bytes_per_second, rel=0.13)
+        assert 0.9 < device.memory / (cores * known.hbm_capacity_bytes) < 1.01
+        assert device.chip.memory == known.vmem_capacity_bytes
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,7 @@ def _memory(axes: Any, report: Report) -> None:
 
 
 def _floors(axes: Any, report: Report) -> None:
-    compiled = [program.work for program in report.programs if program.work is not None]
-    works = compiled or list(report.work)
+    works = report.floors
     for at, name in enumerate(("bandwidth", "compute", "interconnect")):
         heights = [1e3 * getattr(work, f"{name}_s") for work in works]
         places = [place + 0.27 * (at - 1) for place in range(len(works))]

@@ -97,6 +97,13 @@ class Report:
         resident = self.memory.needed - self.memory.temporaries
         return resident + max(more) if more else None
 
+    @property
+    def floors(self) -> tuple[Work, ...]:
+        """Of compiled programs, with what they send; of those that were not compiled, as predicted."""
+        compiled = [one.work for one in self.programs if one.work is not None]
+        kinds = {one.program.split("_")[0] for one in compiled}
+        return (*compiled, *(one for one in self.work if one.program not in kinds))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with what properties say of memory, floors and programs beside their figures."""
         found = asdict(self)

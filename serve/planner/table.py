@@ -73,8 +73,7 @@ def _floors(report: Report) -> Table:
     )
     for name in ("program", "GB", "GFLOP", "sent MB", "bandwidth", "compute", "links", "binds"):
         table.add_column(name, justify="left" if name in ("program", "binds") else "right")
-    compiled = [program.work for program in report.programs if program.work is not None]
-    for work in compiled or report.work:
+    for work in report.floors:
         table.add_row(*_floor(work))
     return table
 
