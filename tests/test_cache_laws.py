@@ -36,7 +36,7 @@ CASES = {
     "streaming": Case(StreamingLLM(2, 6), StreamingLLM(2, 24)),
     "double sparsity": Case(DoubleSparsity(5, 6), DoubleSparsity(26, 2)),
     "tidal": Case(TidalDecode(5, (2,)), TidalDecode(26, (2,))),
-    "h2o": Case(H2O(4, 3), H2O(16, 12)),
+    "h2o": Case(H2O(6, 2), H2O(16, 12)),
     "int4": Case(Int4KV(group=4, block=4), None, 3e-3),
     "gear": Case(GEAR(group=4, block=4), None, 3e-3),
 }
@@ -67,7 +67,7 @@ def test_room_for_all_is_dense(name):
 def test_what_is_read_equals_masks_by_brute_force(name):
     """Gathered, evicted or rotated anew: the numbers of full attention under the masks that the paper's rule gives."""
     small, near = CASES[name].small, CASES[name].near
-    for seed, prompt in ((1, PROMPT), (6, 3)):
+    for seed, prompt in ((1, PROMPT), (5, 3)):
         np.testing.assert_allclose(
             alone(small, seed, prompt=prompt), expected(small, text(LENGTH, seed), prompt), atol=2 * near
         )
