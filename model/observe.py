@@ -62,8 +62,12 @@ def channel_products(
         found = [
             None if one is None else np.asarray(one, np.float64) for one in run(params, jnp.asarray(tokens))
         ]
-        total = found if total is None else [None if a is None else a + b for a, b in zip(total, found)]
+        total = found if total is None else list(map(_sum, total, found))
         count += tokens.size
     if total is None:
         raise ValueError("there is no text to calibrate with; give at least one block of tokens [B,n]")
     return [None if one is None else one / count for one in total]
+
+
+def _sum(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+    return None if a is None or b is None else a + b

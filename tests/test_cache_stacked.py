@@ -11,7 +11,11 @@ from tokenloom.attention.caches.streaming import StreamingLLM
 from tokenloom.tests.cache_cases import CONFIG, PAGE, SEATS, WIDTH, Layer, text
 
 # Where codes are rounded, a last bit may become a step of f16.
-POLICIES = {"streaming": (StreamingLLM(2, 6), 1e-5), "h2o": (H2O(4, 3), 1e-5), "int4": (Int4KV(4, 4, 4), 3e-3)}
+POLICIES = {
+    "streaming": (StreamingLLM(2, 6), 1e-5),
+    "h2o": (H2O(4, 3), 1e-5),
+    "int4": (Int4KV(4, 4, 4), 3e-3),
+}
 LENGTH, PROMPT, LAYERS = 16, 9, 2
 
 
@@ -47,6 +51,8 @@ def test_layers_that_share_arrays_are_those_that_do_not(name):
             np.testing.assert_array_equal(a, b, "the first layer wrote to the second one's seats")
     again = both.at = 0
     place, one = LENGTH - 1, text(LENGTH, again)
-    got = both.run({0: one}, {0: place}, {})[0] if name != "h2o" else None  # its state moved on with that token
+    got = (
+        both.run({0: one}, {0: place}, {})[0] if name != "h2o" else None
+    )  # its state moved on with that token
     if got is not None:
         np.testing.assert_allclose(got, plain.serve(0, one, PROMPT)[place:], atol=near)

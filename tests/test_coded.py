@@ -1,5 +1,7 @@
 """Blocks as codes: packing loses nothing, and each of GEAR's parts does what it is for."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def test_more_of_anything_is_nearer(x):
         [Codec(2, outliers=share) for share in (0.0, 0.1, 0.3)],
     ):
         errors = [error(codec, x) for codec in codecs]
-        assert all(b < a for a, b in zip(errors, errors[1:])), (codecs, errors)
+        assert all(b < a for a, b in itertools.pairwise(errors)), (codecs, errors)
 
 
 def test_full_rank_restores_and_outliers_are_kept(x):

@@ -82,7 +82,7 @@ class StreamingKV(BySeat):
 
             def advance(carry, inputs, live):
                 q, k, v, positions = inputs
-                out = look(*carry, q, k, v, positions[0])
+                out = look(carry[0], carry[1], q, k, v, positions[0])
                 end = positions[0] + live.sum()
                 kept = live & ((positions < self.sinks) | (positions >= end - self.window))
                 at = jnp.where(kept, self._places(positions), self.k.shape[1])

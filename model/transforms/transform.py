@@ -66,7 +66,7 @@ def to_record(transform: Transform) -> dict[str, Any]:
     kind, settings = type(transform), {}
     for field in dataclasses.fields(transform):  # type: ignore[arg-type]
         value = getattr(transform, field.name)
-        settings[field.name] = to_record(value) if dataclasses.is_dataclass(value) else value
+        settings[field.name] = to_record(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
     return {"file": kind.__module__.rpartition(".")[2], "class": kind.__name__, "settings": settings}
 
 
