@@ -69,11 +69,13 @@ def test_full_rank_restores_and_outliers_are_kept(x):
 
 
 def test_power_iteration_is_near_the_best_rank(x):
+    """Three rounds, as in GEAR, come near; many rounds arrive."""
     for rank in (1, 3):
-        a, b = _factors(x, rank, 3)
-        left = jnp.linalg.norm(x - jnp.einsum("bvr,blr->bvl", a, b))
-        singular = jnp.linalg.svd(x, compute_uv=False)[:, rank:]
-        assert float(left) <= 1.05 * float(jnp.linalg.norm(singular))
+        best = float(jnp.linalg.norm(jnp.linalg.svd(x, compute_uv=False)[:, rank:]))
+        for rounds, slack in ((3, 1.25), (60, 1.01)):
+            a, b = _factors(x, rank, rounds)
+            left = float(jnp.linalg.norm(x - jnp.einsum("bvr,blr->bvl", a, b)))
+            assert left <= slack * best, (rank, rounds)
 
 
 def test_nothing_lost_gives_no_nan():
