@@ -10,6 +10,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PRINTED = {
     "first_steps.ipynb": ("class Stack:", "the prompt is empty"),
     "batch_job.ipynb": ("killed after", "every request once: True", "equal to the unkilled job: True"),
+    "compose.ipynb": ("same samples: True", "tokens a step over", "leave one of them None"),
     "telemetry.ipynb": ("generated 384 tokens", "requests waited in", "same tokens: True", "picture: True"),
 }
 
