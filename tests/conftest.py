@@ -16,7 +16,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 MAPPINGS = Path("/proc/self/maps")
-ENOUGH = 40_000
+ENOUGH = 34_000
 TESTS_BETWEEN_LOOKS = 2
 
 
