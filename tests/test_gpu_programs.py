@@ -42,5 +42,7 @@ def test_programs_lower_with_kernels(shape, kernels, kv_dtype):
 
     run = backbone(graphdef, shape, width, PAGE, 512)
     state = state_spec(config, capacity, period)
-    lowered = lower_for_gpu(run, params, state, ints(SEATS + 1), ints(descriptor_size(shape, width)))
+    lowered = lower_for_gpu(
+        run, params, state, ints(SEATS + 1), ints(SEATS + 1), ints(descriptor_size(shape, width))
+    )
     assert len(re.findall(r"custom_call @[^(]*triton", lowered.as_text())) == kernels

@@ -66,7 +66,7 @@ def test_pages_are_updated_in_place(mesh, shape, kernels, limit):
         return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
 
     run = backbone(graphdef, shape, width, PAGE, 512)
-    arguments = (params, state, ints(SEATS + 1), ints(descriptor_size(shape, width)))
+    arguments = (params, state, ints(SEATS + 1), ints(SEATS + 1), ints(descriptor_size(shape, width)))
     compiled = jax.jit(run, donate_argnums=(1,)).lower(*arguments).compile()
     assert ("paged_attention" in compiled.as_text()) == kernels
     memory = compiled.memory_analysis()

@@ -17,7 +17,7 @@ from tokenloom.model.decoder import Decoder
 from tokenloom.model.layers import Numerics
 from tokenloom.model.params import flatten, unflatten
 from tokenloom.model.stacked import parts, stack
-from tokenloom.serve import llm as llm_module
+from tokenloom.serve import build as build_module
 from tokenloom.serve import weights
 from tokenloom.tests.engines import ROOMY, engine, greedy, prompts, same_tokens
 from tokenloom.tests.shapes import ALL, VOCAB, llama, windowed
@@ -225,7 +225,7 @@ def test_stored_dtypes_stay():
 def test_stacked_weights(monkeypatch):
     """As on TPU and GPU: layers under a scan, their weights with a leading axis."""
     platform = replace(Numerics(), platform="gpu")
-    monkeypatch.setattr(llm_module, "choose_numerics", lambda dtype, stored: platform)
+    monkeypatch.setattr(build_module, "choose_numerics", lambda dtype, stored: platform)
     llm, drawn = fresh("llama", 1, **SMALL), prompts(3, 35)
     assert llm.engine.programs.period == 1
     llm.update_weights(random_params(llama(), Numerics(), 0))

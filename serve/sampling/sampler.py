@@ -303,7 +303,7 @@ class Sampler:
                 for processor, held in zip(self.processors, state.processors, strict=True)
             )
             last = state.last_token.at[seats].set(jnp.where(live, token, 0))
-            length = state.length.at[seats].set(positions + 1)
+            length = state.length.at[seats].set(jnp.where(live, positions + 1, 0))
         state = replace(state, last_token=last, length=length, processors=processors)
         return Sampled(token, detail, self.carry(state, seats)), state
 
