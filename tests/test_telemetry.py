@@ -148,7 +148,8 @@ def test_flops_are_those_of_the_programs(shape):
     programs, config, lengths = uncompiled(shape), ALL[shape](), [5, 40, 33, 17]
     step, ints = Shape(4, 1, 0, 0), jnp.zeros(descriptor_size(Shape(4, 1, 0, 0), programs.width), jnp.int32)
     run = backbone(programs.graphdef, step, programs.width, programs.page_size, 32)
-    traced = jax.make_jaxpr(run)(programs.params, programs.state, programs.sampler_state.last_token, ints)
+    seated = programs.sampler_state
+    traced = jax.make_jaxpr(run)(programs.params, programs.state, seated.last_token, seated.length, ints)
     x = jnp.zeros((4, config.hidden_size))
     last = jax.make_jaxpr(head(programs.graphdef, programs.sampler))(
         programs.params, programs.sampler_state, x, ints[:12]
