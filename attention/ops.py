@@ -9,7 +9,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..pallas_kernels.attention.spec import LANES, NEG_INF, AttentionSpec, Backend, Layout, PagedView, Tree
+from ..pallas_kernels.attention.spec import (
+    NEG_INF,
+    AttentionSpec,
+    Backend,
+    Layout,
+    PagedView,
+    Tree,
+    stored_numbers,
+    token_axis,
+)
 
 __all__ = [
     "NEG_INF",
@@ -74,8 +83,7 @@ def attention(
 def _check(q: jax.Array, view: PagedView) -> None:
     """ValueError where queries and pages are not of one model."""
     heads, dim = q.shape[-2:]
-    stored = view.k_pages.shape[2 if view.layout == "transposed" else 3]
-    wanted = {"padded": -(-dim // LANES) * LANES, "paired": 2 * dim}.get(view.layout, dim)
+    stored, wanted = view.k_pages.shape[5 - token_axis(view.layout)], stored_numbers(view.layout, dim)
     if heads % view.kv_heads:
         raise ValueError(
             f"{heads} query heads do not share {view.kv_heads} KV heads evenly; give a multiple of them"

@@ -45,22 +45,9 @@ def prompts(llm: LLM, count: int) -> list[list[int]]:
     return [llm.tokenizer.encode(text[1000:])[:PROMPT] for text in held_out(count)]
 
 
-def edits(llm: LLM, count: int) -> list[list[int]]:
-    """A passage, then the same passage again with one name changed, as far as its first lines."""
-    assert llm.tokenizer is not None
-    found = []
-    for text in held_out(count):
-        passage = text[1000:2200]
-        names = sorted(set(re.findall(r"[a-z_]{5,}", passage)))
-        renamed = passage.replace(names[len(names) // 2], "renamed") if names else passage
-        found.append(llm.tokenizer.encode(passage + "\n# renamed:\n" + renamed[:300]))
-    return found
-
-
 def copying(llm: LLM, count: int) -> list[int]:
-    """Tokens a step of CopySpec on edits whose text is given, not generated: the law of the workload, not of a model
-    that is too small to edit. Each step drafts from what stands before; a target that writes the edit accepts what is
-    equal."""
+    """Tokens a step of CopySpec on edits, a passage and then the same with one name changed. The edit is given, not
+    generated: the law of the workload, not of a model that is too small to edit."""
     assert llm.tokenizer is not None
     emitted = []
     for text in held_out(count):
@@ -135,7 +122,7 @@ def deepened(extra: int) -> Path:
 
 
 def seconds(llm: LLM, texts: list[list[int]]) -> float:
-    """Seconds a token, prompts included in none: the difference of two lengths would be noise, prompts are short."""
+    """Seconds a generated token, the prompt's share included."""
     start = time.perf_counter()
     llm.generate(texts, GREEDY, use_tqdm=False)
     return (time.perf_counter() - start) / (len(texts) * OUTPUT)

@@ -16,6 +16,7 @@ from flax import nnx
 from .config import ModelConfig
 from .decoder import Decoder
 from .layers import Numerics
+from .params import abstract
 
 
 def period_of(config: ModelConfig) -> int:
@@ -53,6 +54,17 @@ def unstack(params: Mapping[Any, Any], period: int) -> dict[Any, Any]:
         for place in range(period)
     }
     return {**params, "blocks": dict(sorted(blocks.items()))}
+
+
+def lay_out(
+    config: ModelConfig, numerics: Numerics, params: Mapping[Any, Any], *, alike: bool = True
+) -> tuple[nnx.GraphDef, Mapping[Any, Any], int | None]:
+    """(graphdef, params, period) as programs take them, from separate layers: on CPU as they are (period None),
+    elsewhere stacked by the period after which blocks repeat, or one by one where equal layers are not `alike`."""
+    if numerics.platform == "cpu":
+        return abstract(config, numerics)[0], params, None
+    period = period_of(config) if alike else config.num_layers
+    return abstract_stacked(config, numerics, period)[0], stack(params, period), period
 
 
 def abstract_stacked(config: ModelConfig, numerics: Numerics, period: int) -> tuple[nnx.GraphDef, dict]:

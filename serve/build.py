@@ -19,7 +19,7 @@ from ..model import checkpoint
 from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
 from ..model.matmul import try_forms
-from ..model.stacked import abstract_stacked, period_of, stack
+from ..model.stacked import lay_out
 from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
 from ..pallas_kernels.attention.tuned import tiles_folder
 from ..pallas_kernels.chips import Chip
@@ -262,16 +262,10 @@ def build_engine(
     num_pages, page_size = choose_pages(config, build, length, stored)
     slack = 0 if build.drafter is None else max(shape.slots for shape in build.drafter.shapes)
     width = -(-(length + slack) // page_size) if page_bytes(config, page_size, stored, cache) else 0
-    place, period = build.placement(config), None
-    if numerics.platform != "cpu":
-        period = period_of(config) if cache.abilities.layers_alike else config.num_layers
-    if period is None:
-        graphdef, _ = checkpoint.abstract(config, numerics)
-    else:
-        graphdef, specs = abstract_stacked(config, numerics, period)
-        params = stack(params, period)
-        if place is not None:
-            params = jax.device_put(params, place.params(graphdef, specs))
+    place = build.placement(config)
+    graphdef, params, period = lay_out(config, numerics, params, alike=cache.abilities.layers_alike)
+    if place is not None:
+        params = jax.device_put(params, place.params(graphdef, jax.eval_shape(lambda: params)))
     snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
         num_pages, page_size, build.max_num_seqs, numerics.dtype, build.backends(place), snapshots,

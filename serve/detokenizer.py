@@ -13,7 +13,8 @@ import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .tokenizer import Decoding, Tokenizer
+from .decoding import Decoding
+from .tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-from tqdm.auto import tqdm
 
 from ..attention.caches.paged import Pages
 from ..attention.caches.policy import CachePolicy
@@ -25,7 +23,7 @@ from .bounds import Bounds
 from .build import Build, build_engine, open_model, open_tokenizer
 from .drafters.controller import Controller
 from .drafters.draft import Drafter
-from .interrupt import deferred_interrupt
+from .finish import abort, finish
 from .locks import FairLock
 from .outputs import RequestOutput
 from .policies.policy import Policy
@@ -433,50 +431,13 @@ class LLM:
         return encode_prompt(prompt, self.tokenizer)
 
     def _run(self, requests: list[Request], alone: bool, use_tqdm: bool | None) -> list[RequestOutput]:
-        """Queue as room appears, drive until all are done, and return the outputs in order. An interrupt ends the
-        requests."""
+        """Drive until all are done, and return the outputs in order."""
         show = (self.progress and len(requests) > 1) if use_tqdm is None else use_tqdm
-        held = deque(request for request in requests if request.error is None)
-        try:
-            with deferred_interrupt() as interrupted, tqdm(
-                total=len(requests), desc="generating", unit="prompt", disable=not show
-            ) as bar:  # fmt: skip
-                # Another thread's step may finish our requests, so the end is read from the requests.
-                waiting, mine = deque(requests), {id(request) for request in requests}
-                while waiting:
-                    while waiting and waiting[0].finished:
-                        waiting.popleft()
-                    if not waiting:
-                        break
-                    with self._lock:
-                        self._feed(held, alone)
-                        done = {id(s.request) for s in self.engine.step() if s.request.finished}
-                    bar.update(len(done & mine))
-                    if interrupted():
-                        raise KeyboardInterrupt
-        except BaseException:
-            self._abort(requests)
-            raise
+        finish(self.engine, self._lock, requests, alone=alone, show=show)
         return [request.output() for request in requests]
 
-    def _feed(self, held: deque[Request], alone: bool) -> None:
-        """Queue the held requests that the waiting queue has room for."""
-        while held and self.engine.room:
-            request = held.popleft()
-            try:
-                self.engine.add(request)
-            except ValueError as error:
-                if alone:
-                    raise
-                request.error = str(error)
-            if request.cancelled:
-                self.engine.abort(request)
-
     def _abort(self, requests: list[Request]) -> None:
-        with self._lock:
-            for request in requests:
-                request.cancelled = True  # also if it is held back still
-                self.engine.abort(request)
+        abort(self.engine, self._lock, requests)
 
 
 def _derive_seed(seed: int, index: int) -> int:

@@ -25,7 +25,7 @@ from ..ops import AttentionSpec, PagedView
 from ..probes import logits
 from ..rotary import Rotate, unrotated
 from .paged import PagedKV
-from .policy import Abilities, Capacity, Heads
+from .policy import Abilities, CachePolicy, Capacity, Heads
 from .seats import rectangular
 
 Channels = tuple[tuple[int, ...], ...]
@@ -40,7 +40,7 @@ def middle(head_dim: int, channels: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class DoubleSparsity:
+class DoubleSparsity(CachePolicy):
     """`tokens` read a step and KV head, by `channels` of each key; the first `dense_layers` read everything.
 
     `labels`, one a layer: the channels of each KV head (`calibrated`); None: the `middle` ones.
@@ -76,13 +76,6 @@ class DoubleSparsity:
     @property
     def abilities(self) -> Abilities:
         return Abilities(may_share_prefix=True, rebuildable=False, quantises=True, layers_alike=False)
-
-    @property
-    def page_size(self) -> int | None:
-        return None
-
-    def longest(self, length: int) -> int:
-        return length
 
     def create(
         self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None

@@ -22,14 +22,14 @@ from ..coded import Codec, CodedView, Codes
 from ..ops import AttentionSpec, dense, merge
 from ..pages import Queries, each_block, unpack
 from ..rotary import Rotate, unrotated
-from .policy import Abilities, Capacity, Heads
+from .policy import Abilities, CachePolicy, Capacity, Heads
 from .seats import live_seats, rectangular, zeros
 
 PAGES_A_STEP = 4
 
 
 @dataclass(frozen=True)
-class Int4KV:
+class Int4KV(CachePolicy):
     """4 bits a number (or 2, or 8): keys in groups of tokens a channel, values in groups of channels a token, with an
     f16 scale and zero a group, as KIVI has them (Liu et al. 2024, arXiv 2402.02750). `block`: tokens a page."""
 
@@ -48,9 +48,6 @@ class Int4KV:
     @property
     def page_size(self) -> int | None:
         return self.block
-
-    def longest(self, length: int) -> int:
-        return length
 
     def create(self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None) -> CodedKV:
         del layer

@@ -23,12 +23,12 @@ from ..ops import AttentionSpec
 from ..probes import column_sums
 from ..rotary import Rotate, unrotated
 from .paged import PagedKV
-from .policy import Abilities, Capacity, Heads
+from .policy import Abilities, CachePolicy, Capacity, Heads
 from .seats import BySeat, live_seats, rectangular, zeros
 
 
 @dataclass(frozen=True)
-class H2O:
+class H2O(CachePolicy):
     """Places for heavy hitters and for recent tokens; the paper takes halves of a fifth of the text."""
 
     heavy: int = 256
@@ -41,13 +41,6 @@ class H2O:
     @property
     def abilities(self) -> Abilities:
         return Abilities(pages="prompt", rebuildable=False)
-
-    @property
-    def page_size(self) -> int | None:
-        return None
-
-    def longest(self, length: int) -> int:
-        return length
 
     def create(self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None) -> HeavyKV:
         del layer

@@ -20,7 +20,7 @@ from ..ops import AttentionSpec, attention
 from ..rotary import Rotate, unrotated
 from ..sparse_prompt import BLOCK, FIRST_COLUMNS, FIRST_DIAGONALS, Plan, Prompts, attend, diagonals, top
 from .paged import PagedKV
-from .policy import Abilities, Capacity, Heads
+from .policy import Abilities, CachePolicy, Capacity, Heads
 from .seats import rectangular
 
 
@@ -84,7 +84,7 @@ class BlockSparse:
 
 
 @dataclass(frozen=True)
-class MInference:
+class MInference(CachePolicy):
     """`pattern` for every head, or `heads`: one a query head of each layer. `dense_layers` first ones read all."""
 
     pattern: Pattern = VerticalSlash()
@@ -101,9 +101,6 @@ class MInference:
     @property
     def page_size(self) -> int | None:
         return BLOCK
-
-    def longest(self, length: int) -> int:
-        return length
 
     def create(
         self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None

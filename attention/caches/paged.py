@@ -8,12 +8,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ...pallas_kernels.attention.spec import LANES
+from ...pallas_kernels.attention.spec import page_shapes, token_axis
 from ..batch import NULL_PAGE, Batch
 from ..blockwise import Blockwise
 from ..ops import AttentionSpec, Backend, Layout, PagedView, Tree, attention
 from ..rotary import Rotate, unrotated
-from .policy import Abilities, Capacity, Heads
+from .policy import Abilities, CachePolicy, Capacity, Heads
 
 QUANTISED = ("int8", "float8_e4m3fn")
 
@@ -35,19 +35,12 @@ def draft_tree(batch: Batch, ancestors: jax.Array, spec: AttentionSpec) -> Tree:
 
 
 @dataclass(frozen=True)
-class Pages:
+class Pages(CachePolicy):
     """Every key and value in pages (PagedAttention): the cache of an engine that was given none."""
 
     @property
     def abilities(self) -> Abilities:
         return Abilities(may_share_prefix=True, can_roll_back=True, exact=True, quantises=True, shards=True)
-
-    @property
-    def page_size(self) -> int | None:
-        return None
-
-    def longest(self, length: int) -> int:
-        return length
 
     def create(self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None) -> PagedKV:
         del layer
@@ -92,13 +85,7 @@ class PagedKV:
         """Zeroed pages for `layers` layers that share arrays, lying as the first back end wants them."""
         dtype, M = jnp.dtype(dtype), layers * pages
         layout = backends[0].layout(head_dim)
-        if layout == "transposed":
-            shapes = ((M, kv_heads, head_dim, page_size), (M, kv_heads, page_size, head_dim))
-        elif layout in ("rows", "padded"):
-            lanes = head_dim if layout == "rows" else -(-head_dim // LANES) * LANES
-            shapes = ((M, kv_heads, page_size, lanes),) * 2
-        else:
-            shapes = ((M, kv_heads, page_size, 2 * head_dim), None)
+        shapes = page_shapes(layout, M, kv_heads, page_size, head_dim)
         k, v = (None if shape is None else jnp.zeros(shape, dtype) for shape in shapes)
         scaled = dtype.name in QUANTISED
         scales = [jnp.zeros((M, kv_heads, page_size), jnp.float32) if scaled else None for _ in range(2)]
@@ -164,7 +151,7 @@ class PagedKV:
 
     @property
     def page_size(self) -> int:
-        return self.k.shape[3 if self.layout == "transposed" else 2]
+        return self.k.shape[token_axis(self.layout)]
 
     def commit(self, batch: Batch, path: jax.Array) -> PagedKV:
         """Of draft trees (the rectangular part) keep the slots path i32[B,T], in that order, behind each other; what

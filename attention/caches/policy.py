@@ -6,6 +6,7 @@ A policy makes the state of each attention layer and says what an engine may do 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -95,22 +96,24 @@ class Abilities:
         return ", ".join(name for name, there in missing.items() if not there)
 
 
-class CachePolicy(Protocol):
+class CachePolicy(ABC):
     """A frozen dataclass of settings: equal settings make equal states."""
 
     @property
+    @abstractmethod
     def abilities(self) -> Abilities: ...
 
     @property
     def page_size(self) -> int | None:
         """Tokens a page, where the policy needs a size of its own; None: the engine chooses."""
-        ...
+        return None
 
     def longest(self, length: int) -> int:
         """How many positions texts of up to `length` tokens need: the largest distance at which a query sees, plus
         one."""
-        ...
+        return length
 
+    @abstractmethod
     def create(self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None) -> Any:
         """The empty state of attention layer `layer` (counted from 0 over all blocks), or of `layers` equal ones that
         share arrays and run under a scan, of which `layer` is the first. ValueError where the layer does not suit."""

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from ..batch import Batch
 from ..ops import NEG_INF, AttentionSpec
 from ..rotary import Rotate, unrotated
-from .policy import Abilities, Capacity, Heads
+from .policy import Abilities, CachePolicy, Capacity, Heads
 from .seats import BySeat, live_seats, prompt_blocks, rectangular, zeros
 
 
 @dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(CachePolicy):
     """Sinks and window, in tokens; the paper: 4 sinks, windows of 508 to 2,044."""
 
     sinks: int = 4
@@ -36,10 +36,6 @@ class StreamingLLM:
     @property
     def abilities(self) -> Abilities:
         return Abilities(pages="none")
-
-    @property
-    def page_size(self) -> int | None:
-        return None
 
     def longest(self, length: int) -> int:
         return min(length, self.sinks + self.window)

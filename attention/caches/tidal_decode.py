@@ -22,7 +22,7 @@ from ..ops import AttentionSpec, attention
 from ..probes import logits
 from ..rotary import Rotate, unrotated
 from .paged import PagedKV
-from .policy import Abilities, Capacity, Heads
+from .policy import Abilities, CachePolicy, Capacity, Heads
 from .relay import Relay
 from .seats import rectangular
 
@@ -30,7 +30,7 @@ Choice = tuple[jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)
-class TidalDecode:
+class TidalDecode(CachePolicy):
     """`tokens` kept by each of the layers `choose`, counted from 0; the paper: 256 by layers 2 and 13 of 32."""
 
     tokens: int = 256
@@ -43,13 +43,6 @@ class TidalDecode:
     @property
     def abilities(self) -> Abilities:
         return Abilities(may_share_prefix=True, rebuildable=False, quantises=True, layers_alike=False)
-
-    @property
-    def page_size(self) -> int | None:
-        return None
-
-    def longest(self, length: int) -> int:
-        return length
 
     def create(
         self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None

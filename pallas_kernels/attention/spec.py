@@ -17,6 +17,26 @@ Layout = Literal["transposed", "rows", "padded", "paired"]
 LANES = 128
 
 
+def token_axis(layout: Layout) -> int:
+    """Which axis of k_pages counts a page's tokens, 3 or 2; the other one holds a head's numbers."""
+    return 3 if layout == "transposed" else 2
+
+
+def stored_numbers(layout: Layout, head_dim: int) -> int:
+    """Numbers that k_pages hold for a token and head."""
+    return {"padded": -(-head_dim // LANES) * LANES, "paired": 2 * head_dim}.get(layout, head_dim)
+
+
+def page_shapes(
+    layout: Layout, pages: int, kv_heads: int, page_size: int, head_dim: int
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shapes of k_pages and v_pages as `PagedView` describes them."""
+    numbers = stored_numbers(layout, head_dim)
+    plain = (pages, kv_heads, page_size, numbers)
+    keys = (pages, kv_heads, numbers, page_size) if layout == "transposed" else plain
+    return keys, None if layout == "paired" else plain
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """What the scores are, and the mask.
@@ -89,7 +109,7 @@ class PagedView:
 
     @property
     def page_size(self) -> int:
-        return self.k_pages.shape[3 if self.layout == "transposed" else 2]
+        return self.k_pages.shape[token_axis(self.layout)]
 
     @property
     def kv_heads(self) -> int:

@@ -17,7 +17,7 @@ from flax import nnx
 from ...attention.batch import Batch, Shape, make_batch
 from ...model import checkpoint
 from ...model.config import AttentionConfig, ModelConfig
-from ...model.stacked import abstract_stacked, period_of, stack
+from ...model.stacked import lay_out
 from ...model.state import make_state
 from ..sampling.keys import Purpose
 from ..sampling.sampler import Sampler, SamplerState
@@ -78,12 +78,7 @@ def open_model(model: str | Path | ModelConfig, seed: int, target: Target) -> tu
         if folder is None
         else checkpoint.load(folder, config, numerics)
     )
-    period = None if numerics.platform == "cpu" else period_of(config)
-    if period is None:
-        graphdef, _ = checkpoint.abstract(config, numerics)
-    else:
-        graphdef, _ = abstract_stacked(config, numerics, period)
-        params = stack(params, period)
+    graphdef, params, period = lay_out(config, numerics, params)
     return graphdef, params, jax.jit(lambda: make_state(config, target.capacity, period))()
 
 

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...model.config import ModelConfig
-from ..sampling.inverse import inverse, pick
+from ..sampling.inverse import pick
 from ..sampling.keys import Purpose, gumbels, uniforms
 from ..sampling.sampler import Sampler, SamplerState
 from .draft import Accepted, Draft, DraftShape, Rows, Target, Verifier
 from .drawn_tree import Choices, Level, OpenedTree
-from .matching import children, descend, first_slot, of_slot
+from .matching import first_slot, of_slot
+from .rejection import reject
 
 
 @dataclass(frozen=True)
@@ -163,26 +164,18 @@ class WithoutReplacement:
     def accept(
         self, sampler: Sampler, seated: SamplerState, draft: Draft, logits: jax.Array, rows: Rows, depth: int
     ) -> tuple[Accepted, SamplerState]:
-        assert draft.probs is not None
-        probs, greedy = draft.probs, seated.greedy[rows.seats]
+        greedy = seated.greedy[rows.seats]
 
-        def advance(seated: SamplerState, raw: jax.Array, at: jax.Array, alive: jax.Array):
-            positions, seats = seated.length[rows.seats], rows.seats
-            z = sampler.process(seated, raw, seats, positions, alive)
-            p, q = sampler.probabilities(seated, z, seats), of_slot(probs, at)
-            u = uniforms(sampler.keys(seated, seats, positions, Purpose.ACCEPT), self.siblings)
-            start = Trial(children(draft, at), p, q, jnp.zeros_like(at))
+        def judge(seated: SamplerState, positions: jax.Array, p: jax.Array, q: jax.Array, below: jax.Array):
+            u = uniforms(sampler.keys(seated, rows.seats, positions, Purpose.ACCEPT), self.siblings)
 
             def attempt(i: int, trial: Trial) -> Trial:
                 return one_sibling(trial, draft.token, greedy, lax.dynamic_index_in_dim(u, i, 1, False))
 
-            end = lax.fori_loop(0, self.siblings, attempt, start)
-            other, _ = inverse(end.p, sampler.uniforms(seated, seats, positions, Purpose.SAMPLE))
-            token = jnp.where(end.taken.any(1), of_slot(draft.token, end.taken), other)
-            one, seated = sampler.settle(seated, raw, z, token, seats, positions, alive)
-            return one, end.taken, seated
+            end = lax.fori_loop(0, self.siblings, attempt, Trial(below, p, q, jnp.zeros_like(below)))
+            return end.taken, end.p
 
-        return descend(advance, sampler, seated, logits, rows, depth)
+        return reject(judge, sampler, seated, draft, logits, rows, depth)
 
 
 def one_sibling(trial: Trial, tokens: jax.Array, greedy: jax.Array, u: jax.Array) -> Trial:

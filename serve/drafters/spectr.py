@@ -24,7 +24,7 @@ from ..sampling.keys import Purpose, uniforms
 from ..sampling.sampler import Sampler, SamplerState
 from .draft import Accepted, Draft, DraftShape, Rows, Target, Verifier
 from .drawn_tree import Choices, Level, OpenedTree
-from .matching import children, descend, holding, of_slot
+from .rejection import reject
 
 BISECTIONS = 30  # an interval of at most K - 1 halves to below float32's resolution
 
@@ -81,25 +81,14 @@ class KSequential:
     def accept(
         self, sampler: Sampler, seated: SamplerState, draft: Draft, logits: jax.Array, rows: Rows, depth: int
     ) -> tuple[Accepted, SamplerState]:
-        assert draft.probs is not None
-        probs, N = draft.probs, draft.token.shape[1]
-
-        def advance(seated: SamplerState, raw: jax.Array, at: jax.Array, alive: jax.Array):
-            positions, seats = seated.length[rows.seats], rows.seats
-            z = sampler.process(seated, raw, seats, positions, alive)
-            p, q = sampler.probabilities(seated, z, seats), of_slot(probs, at)
-            below = children(draft, at)
+        def judge(seated: SamplerState, positions: jax.Array, p: jax.Array, q: jax.Array, below: jax.Array):
             rho, rest = transport(p, q, below.sum(1))
-            u = uniforms(sampler.keys(seated, seats, positions, Purpose.ACCEPT), N)
-            ratio = [jnp.take_along_axis(x, draft.token, 1) for x in (p, q)]
-            taken = below & (u * rho[:, None] * ratio[1] < ratio[0])
-            other, _ = inverse(rest, sampler.uniforms(seated, seats, positions, Purpose.SAMPLE))
-            accepted = taken.any(1)
-            token = jnp.where(accepted, of_slot(draft.token, taken), other)
-            one, seated = sampler.settle(seated, raw, z, token, seats, positions, alive)
-            return one, holding(draft, below, token) & accepted[:, None], seated
+            keys = sampler.keys(seated, rows.seats, positions, Purpose.ACCEPT)
+            of_target, of_draft = (jnp.take_along_axis(x, draft.token, 1) for x in (p, q))
+            u = uniforms(keys, draft.token.shape[1])
+            return below & (u * rho[:, None] * of_draft < of_target), rest
 
-        return descend(advance, sampler, seated, logits, rows, depth)
+        return reject(judge, sampler, seated, draft, logits, rows, depth)
 
 
 def transport(p: jax.Array, q: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
