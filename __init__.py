@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from .serve.repetition import RepetitionDetectionParams
     from .serve.sampling.params import SamplingParams
     from .serve.sampling.structured import StructuredOutputs
+    from .serve.search.beam_search import BeamSearch
     from .serve.search.best_of_n import BestOfN
+    from .serve.search.diverse_beam_search import DiverseBeamSearch
     from .serve.search.first_finish import FirstFinish
     from .serve.search.majority_vote import MajorityVote
 
@@ -78,7 +80,9 @@ _HOMES = {
     "SmartSpec": "serve.drafters.smart_spec",
     "SpecTr": "serve.drafters.spectr",
     "TokenRecycling": "serve.drafters.token_recycling",
+    "BeamSearch": "serve.search.beam_search",
     "BestOfN": "serve.search.best_of_n",
+    "DiverseBeamSearch": "serve.search.diverse_beam_search",
     "FirstFinish": "serve.search.first_finish",
     "MajorityVote": "serve.search.majority_vote",
     "Int8": "model.transforms.int8",
@@ -100,10 +104,12 @@ __all__ = [
     "RSDC",
     "RSDS",
     "BatchLLM",
+    "BeamSearch",
     "BestOfN",
     "Castillo",
     "CompletionOutput",
     "CopySpec",
+    "DiverseBeamSearch",
     "DoubleSparsity",
     "DraftModel",
     "Fair",

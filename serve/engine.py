@@ -17,6 +17,7 @@ import numpy as np
 from ..attention.batch import Shape
 from .bounds import Bounds, Deadlines
 from .drafters.draft import DraftShape
+from .gang import Gang, gangs_of
 from .launched import Launched
 from .outputs import FinishReason
 from .packing import offsets, pack_step
@@ -24,7 +25,7 @@ from .pages import PageAllocator
 from .policies.policy import Policy
 from .programs import Programs
 from .request import Request, Sample, make_sample, read_scores
-from .sampling.sampler import read
+from .sampling.sampler import Sampled, read
 from .sampling.structured import Grammars
 from .scheduler import Chunk, Scheduler, Sequence, Work
 from .tokenizer import Tokenizer
@@ -87,14 +88,18 @@ class Engine:
         end = self.bounds.length(len(prompt), params.max_tokens, limit)
         samples = [make_sample(request, index, end, self.tokenizer, eos) for index in range(params.n)]
         self._sampler_row(samples[0])  # what the sampler cannot hold is refused here, not in a step
+        if request.gang is not None:
+            request.gang.form(self, samples)
         request.samples = samples
         self.deadlines.add(request)
         for sample in samples:
-            if sample.finish_reason is None:
-                self.scheduler.add(sample.ready())
+            if sample.finish_reason is None and sample.ready() is sample.sequence.members[0]:
+                self.scheduler.add(sample.sequence)
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End a request now; what it generated so far stays in its output."""
+        if request.gang is not None:
+            request.gang.conclude(self)
         for sample in request.samples:
             if sample.finish_reason is None:
                 sample.finish_reason = reason
@@ -127,6 +132,8 @@ class Engine:
         if self.broken is not None:
             raise RuntimeError(self.broken)
         with self.programs.compilations.watch():
+            if self.in_flight is not None and self.in_flight.gangs:
+                self._read_in_flight()
             self.settle()
             work = self.scheduler.schedule()
             launched = None if work is None else self.launch(work)
@@ -142,11 +149,14 @@ class Engine:
             metrics = sequence.owner.request.metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or time()
         shape, packed, rows = self._pack(work)
+        gangs = gangs_of(work.decodes)
+        for gang in gangs:
+            gang.prepare(self.programs)
         for slot, seat in work.loads:
             self.programs.copy(self.programs.plan.max_num_seqs + slot, seat)
         constrained = [sequence.owner for _, sequence, _ in rows if sequence.owner.matcher is not None]
-        masks = partial(self._constrain, constrained) if constrained else None
-        sampled, prompt_x = self.programs.step(shape, packed, masks, work.draft)
+        between = partial(self._between, constrained, gangs, bool(rows))
+        sampled, prompt_x = self.programs.step(shape, packed, between, work.draft)
         for seat, slot in work.saves:
             self.programs.copy(seat, self.programs.plan.max_num_seqs + slot)
         scored = [
@@ -157,7 +167,7 @@ class Engine:
         scores = self._score(prompt_x, scored) if scored else None
         logprobs = any(sequence.owner.logprobs is not None for _, sequence, _ in rows)
         carry = any(sequence.owner.request.params.carries for _, sequence, _ in rows)
-        launched = Launched(sampled, rows, logprobs, carry, scores, scored, work.draft)
+        launched = Launched(sampled, rows, logprobs, carry, scores, scored, work.draft, tuple(gangs))
         launched.send()
         self.steps += 1
         self.real_tokens += len(work.decodes) + sum(chunk.count for chunk in work.chunks)
@@ -182,6 +192,16 @@ class Engine:
     def _pack(self, work: Work) -> tuple[Shape, np.ndarray, list[tuple[int, Sequence, int]]]:
         """The step's shape and descriptor, and (row, sequence, epoch) for each row that samples."""
         return pack_step(work, self.programs.plan, self.programs.width)
+
+    def _between(
+        self, constrained: list[Sample], gangs: dict[Gang, list[int]], plain: bool, x: Any
+    ) -> Sampled | None:
+        """Behind a step's backbone, which gave x, and before its head: grammars write their masks, gangs choose. What
+        a gang sampled is returned where the head has nothing to do: no `plain` row samples."""
+        if constrained:
+            self._constrain(constrained)
+        sampled = [gang.select(self.programs, x, rows) for gang, rows in gangs.items()]
+        return None if plain or not sampled else sampled[-1]
 
     def _constrain(self, samples: list[Sample]) -> None:
         """While the device runs a backbone, and before its head: write the masks of the samples with a grammar. They
@@ -217,7 +237,8 @@ class Engine:
         Running sequences wait in their order and are recomputed from their tokens."""
         self._read_in_flight()
         for sequence in reversed(self.scheduler.running[:]):
-            self.scheduler.preempt(sequence)
+            if sequence.seat >= 0:
+                self.scheduler.preempt(sequence)
         self.pages.new_weights()
         self.weight_version = version
         self.broken = "a swap of the weights failed half-way, so the weights are mixed: swap again"
@@ -246,6 +267,8 @@ class Engine:
                 if sample.request.finished:
                     metrics.finished_time = now
             advanced.append(sample)
+        for gang in launched.gangs:
+            advanced += gang.read(self)
         if launched.draft is not None and self.programs.speculation is not None:
             self.programs.speculation.observe(launched.draft, counts)
         self._stop_early([sample for sample in advanced if sample.finish_reason and sample.request.until])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .drafters.draft import DraftShape
+from .gang import Gang
 from .outputs import Logprob
 from .request import make_logprobs
 from .sampling.sampler import Sampled, read
@@ -27,7 +28,7 @@ class Emitted(NamedTuple):
 @dataclass(frozen=True)
 class Launched:
     """A dispatched step: its sampled tokens (on the device), which row belongs to whom, prompt scores, what was drafted
-    in it."""
+    in it, and the gangs that chose in it."""
 
     sampled: Sampled
     rows: list[tuple[int, Sequence, int]]
@@ -36,6 +37,7 @@ class Launched:
     scores: Any
     scored: list[tuple[int, Chunk]]
     draft: DraftShape | None = None
+    gangs: tuple[Gang, ...] = ()
 
     def send(self) -> None:
         """Start the copies to the host of what will be read."""

@@ -24,6 +24,7 @@ from .build import Build, build_engine, open_model, open_tokenizer
 from .drafters.controller import Controller
 from .drafters.draft import Drafter
 from .finish import abort, finish
+from .gang import Gang
 from .locks import FairLock
 from .outputs import RequestOutput
 from .policies.policy import Policy
@@ -146,6 +147,7 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str] | None = None,
         until: Sequence[Callable[[list[Sample]], bool]] | None = None,
+        gangs: Sequence[Gang] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts; results come in the order of the prompts.
@@ -159,7 +161,8 @@ class LLM:
 
         until, one a prompt: a function that is told of the prompt's samples that ended in a step (`serve.request`,
         in order of their indices); when it returns True the prompt's other samples end at once, with finish_reason
-        "abort". `serve.search` has searches made of it.
+        "abort". `serve.search` has searches made of it. gangs, one a prompt: its samples run in lock-step, as the
+        beams of a search do (`serve.gang`).
         """
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts is a {type(prompts).__name__}; give a prompt or a list of prompts")
@@ -188,6 +191,8 @@ class LLM:
                 requests.append(_refused(len(requests), item, one, str(error)))
         for request, judge in zip(requests, until or ()):
             request.until = judge
+        for request, gang in zip(requests, gangs or ()):
+            request.gang = gang
         return self._run(requests, alone, use_tqdm)
 
     def resume(

@@ -13,7 +13,7 @@ def pack_step(
     work: Work, plan: BucketPlan, width: int
 ) -> tuple[Shape, np.ndarray, list[tuple[int, Sequence, int]]]:
     """The step's shape and descriptor (page tables of `width` pages), and (row, sequence, epoch) for each row that
-    samples."""
+    samples by itself: for a gang's rows another program chooses."""
     shape = plan.shape(len(work.decodes), sum(chunk.count for chunk in work.chunks))
     lengths = np.zeros(shape.rows, np.int32)
     seats = np.full(shape.rows, plan.max_num_seqs, np.int32)
@@ -23,9 +23,10 @@ def pack_step(
     prompt = np.zeros(shape.C, np.int32)
     rows = []
     for row, sequence in enumerate(work.decodes):
-        lengths[row], seats[row], samples[row] = sequence.computed, sequence.seat, 1
+        lengths[row], seats[row], samples[row] = sequence.computed, sequence.seat, sequence.gang is None
         table[row, : len(sequence.pages)] = sequence.pages[:width]
-        rows.append((row, sequence, sequence.epoch))
+        if sequence.gang is None:
+            rows.append((row, sequence, sequence.epoch))
     end = 0
     for index, (at, chunk) in enumerate(offsets(work.chunks)):
         sequence, row, end = chunk.sequence, shape.B + index, at + chunk.count

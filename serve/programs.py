@@ -200,11 +200,12 @@ class Programs:
         self.sampler_state = self.compiled["mask", len(seats)](self.sampler_state, seats, masks)
 
     def step(
-        self, shape: Shape, packed: np.ndarray, between: Callable[[], None] | None = None,
+        self, shape: Shape, packed: np.ndarray, between: Callable[[jax.Array], Sampled | None] | None = None,
         draft: DraftShape | None = None,
     ) -> tuple[Sampled, jax.Array | None]:  # fmt: skip
-        """Dispatch the two programs of a step, with what is to be done `between` them, or the one of a step with
-        drafts; nothing waits. Returns (Sampled, prompt x [C,E])."""
+        """Dispatch the two programs of a step, with what is to be done `between` them (given x; what it sampled, if
+        it did, stands for the head's), or the one of a step with drafts; nothing waits. Returns (Sampled, prompt x
+        [C,E])."""
         if self.speculation is not None and draft is not None:
             return self.speculation.step(self, draft, shape.B, packed), None
         with jax.profiler.TraceAnnotation(shape.kind):
@@ -218,12 +219,12 @@ class Programs:
                 packed,
                 self.sampler_state.prompt_length,
             )
-            if between is not None:
-                between()
-            meta = packed[: 3 * shape.rows]
-            sampled, self.sampler_state = self.compiled["head", shape.rows](
-                self.params, self.sampler_state, x, meta
-            )
+            sampled = None if between is None else between(x)
+            if sampled is None:
+                meta = packed[: 3 * shape.rows]
+                sampled, self.sampler_state = self.compiled["head", shape.rows](
+                    self.params, self.sampler_state, x, meta
+                )
         return sampled, prompt_x
 
     def measure(self, chunk: int, repeats: int = 3) -> float:

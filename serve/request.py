@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from .detokenizer import Detokenizer
+from .gang import Gang
 from .outputs import RESUMABLE, CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from .repetition import RepetitionDetectionParams, RepetitionDetector
 from .sampling.params import SamplingParams
@@ -23,7 +24,7 @@ class Request:
     `error` ends it before it ran. `carried` are the outputs that it continues (`LLM.resume`). `arrival` (s,
     `time.monotonic`) is what its deadline counts from. `cancelled`: to end as soon as the engine has it.
     `matcher` stands at the beginning of the grammar that it asked for. `until` is told of the samples that ended in
-    a step, by index; when it says True the others end at once ("abort").
+    a step, by index; when it says True the others end at once ("abort"). `gang`: its samples run in lock-step.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class Request:
     tenant: str | None = None
     matcher: Matcher | None = None
     until: Callable[[list[Sample]], bool] | None = None
+    gang: Gang | None = None
 
     def prepare(self, tokenizer: Tokenizer | None, grammars: Grammars) -> None:
         """What follows from the parameters once tokenizer and vocabulary are known. ValueError: a grammar that does not

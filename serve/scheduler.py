@@ -10,79 +10,15 @@ admits nobody. A sequence that starts (or comes back) takes the longest cached p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .chain import Chain
 from .pages import PageAllocator
 from .policies.policy import Policy
 from .policies.sarathi import SarathiServe
-from .snapshots import Trail
+from .sequence import Chunk, Sequence, Work
 
 if TYPE_CHECKING:
     from .drafters.draft import DraftShape
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One generation. `tokens` are those the host has read; `pending` were sampled but not yet read.
-
-    `computed` counts tokens whose K and V the dispatched steps store; `limit` is the length at which the
-    sequence ends; `ahead` counts what drafts may add at most to the certain `computed` and `known` (the device knows,
-    the host will read it); `epoch` rises at each preemption, and results of an older epoch are dropped.
-
-    `chain` names its blocks to the prefix cache, where it looks itself up if `lookup` says so; `cached` tokens
-    were found when it first started; `branch` and `trail` are the marks of `snapshots`, `rank` is the policy's.
-    """
-
-    tokens: list[int]
-    limit: int
-    owner: Any = None
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0
-    pending: int = 0
-    ahead: int = 0
-    epoch: int = 0
-    seat: int = -1
-    decoding: bool = False
-    finished: bool = False
-    chain: Chain = field(default_factory=Chain)
-    lookup: bool = True
-    cached: int = 0
-    branch: int = 0
-    trail: Trail | None = None
-    priority: int = 0
-    tenant: str | None = None
-    rank: Any = None
-
-    @property
-    def known(self) -> int:
-        return len(self.tokens) + self.pending
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """`count` prompt tokens of a sequence from `start`; `final` when they reach its last known token."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    final: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One step: the sequences that decode one token (or verify a `draft`), the prompt chunks, and who took a seat.
-
-    Recurrent state is copied slot -> seat before the step (`loads`) and seat -> slot after it (`saves`).
-    """
-
-    decodes: list[Sequence]
-    chunks: list[Chunk]
-    admitted: list[Sequence]
-    loads: list[tuple[int, int]] = field(default_factory=list)
-    saves: list[tuple[int, int]] = field(default_factory=list)
-    draft: DraftShape | None = None
 
 
 class Scheduler:
@@ -139,9 +75,9 @@ class Scheduler:
                 break
             if not self._admit(sequence, loads):
                 break
-            admitted.append(sequence)
+            admitted += sequence.members
             budget -= self._take(sequence, budget, chunks)
-        if policy.prefill_first and not chunks:
+        if not chunks and (policy.prefill_first or not decodes):
             decodes = self._decodes()
         if not decodes and not chunks:
             return None
@@ -176,6 +112,8 @@ class Scheduler:
         """Give a waiting sequence a seat, and pages for its whole known length, cached ones first; False, and
         nothing changed, when it has to wait."""
         pages, snapshots, chain = self.pages, self.pages.snapshots, sequence.chain
+        if len(self._seats) < len(sequence.members):
+            return False
         if self.running and not self.policy.admits(sequence, pages, self.running):
             return False
         pages.renew(chain)
@@ -189,9 +127,12 @@ class Scheduler:
             sequence.pages, hits, sequence.limit if pages.hold in ("limit", "whole") else sequence.known
         ):
             return False
+        if sequence.gang is not None and not sequence.gang.join(pages):
+            return False
         self.policy.pop()
         chain.registered = len(hits)
-        sequence.seat = self._seats.pop()
+        for one in sequence.members:
+            one.seat, one.rank = self._seats.pop(), sequence.rank
         sequence.computed = len(hits) * pages.page_size
         if snapshots is not None and hits:
             loads.append((snapshots.load(chain.keys[len(hits) - 1]), sequence.seat))
@@ -200,7 +141,7 @@ class Scheduler:
             pages.lookup_tokens += sequence.known if sequence.lookup and pages.sharing else 0
             pages.hit_tokens += sequence.computed
             self.policy.charge(sequence, sequence.known - sequence.computed, 0)
-        self.running.append(sequence)
+        self.running += sequence.members
         return True
 
     def _note(self, sequence: Sequence, prompt: bool = False) -> None:
@@ -227,12 +168,20 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Schedule the next prompt tokens of `sequence`; returns how many."""
-        start, end = sequence.computed, min(sequence.known, sequence.computed + budget)
+        gang = sequence.gang
+        if gang is not None and not gang.begin(sequence, self.pages.page_size):
+            return 0
+        start = sequence.computed
+        end = min(sequence.known - (gang is not None), start + budget)
         if self.pages.snapshots is not None:
             end = self.pages.snapshots.end(sequence, end)
         sequence.computed = end
         final = end == sequence.known
         self._note(sequence, prompt=True)
+        if gang is not None:
+            gang.rally()
+        if start == end:
+            return 0
         if final:
             sequence.decoding = True
             sequence.pending += 1
@@ -241,12 +190,15 @@ class Scheduler:
         return end - start
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take everything from a running sequence; it waits and is recomputed later."""
-        self._leave(sequence)
-        sequence.computed = sequence.pending = sequence.ahead = 0
-        sequence.epoch += 1
-        sequence.decoding = False
-        self.policy.requeue(sequence)
+        """Take everything from a running sequence and its gang; it waits and is recomputed later."""
+        for one in sequence.members:
+            self._leave(one)
+            one.computed = one.pending = one.ahead = 0
+            one.epoch += 1
+            one.decoding = False
+        if sequence.gang is not None:
+            sequence.gang.scatter()
+        self.policy.requeue(sequence.members[0])
         self.preemptions += 1
 
     def finish(self, sequence: Sequence, complete: bool = True) -> None:
@@ -254,12 +206,13 @@ class Scheduler:
         its pages: the device runs in order, so their next owner's tokens come later."""
         if sequence.finished:
             return
-        sequence.finished = True
+        sequence.finished, leads = True, sequence is sequence.members[0]
         if sequence.seat >= 0:
             self._leave(sequence)
-        else:
+        elif leads:
             self.policy.discard(sequence)
-        self.policy.ended(sequence, complete)
+        if leads:
+            self.policy.ended(sequence, complete)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

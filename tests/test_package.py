@@ -47,7 +47,7 @@ def test_arrows_go_one_way(room):
                 assert target == room or target in ARROWS[room], f"{path}: imports {target}"
 
 
-@pytest.mark.parametrize("name", ["scheduler", "pages"])
+@pytest.mark.parametrize("name", ["scheduler", "pages", "sequence", "gang"])
 def test_host_bookkeeping_has_no_arrays(name):
     imports = re.findall(r"^\s*(?:from|import)\s+(\S+)", (ROOT / f"serve/{name}.py").read_text(), re.M)
     assert not {"jax", "numpy"} & {module.split(".")[0] for module in imports}

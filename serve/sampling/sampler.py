@@ -166,7 +166,7 @@ class Sampler:
 
     def start(self, sharding: jax.sharding.Sharding | None) -> SamplerState:
         """`init` on its devices."""
-        return jax.device_put(jax.jit(self.init)(), sharding)
+        return jax.jit(self.init, out_shardings=sharding)()
 
     def row(
         self,
@@ -298,14 +298,21 @@ class Sampler:
         with jax.named_scope("score"):
             detail = self._detail(state, raw, z, token, seats, ctx)
         with jax.named_scope("update"):
-            processors = tuple(
-                processor.update(held, seats, token, live, z)
-                for processor, held in zip(self.processors, state.processors, strict=True)
-            )
-            last = state.last_token.at[seats].set(jnp.where(live, token, 0))
-            length = state.length.at[seats].set(jnp.where(live, positions + 1, 0))
-        state = replace(state, last_token=last, length=length, processors=processors)
+            state = self.learn(state, z, token, seats, positions, live)
         return Sampled(token, detail, self.carry(state, seats)), state
+
+    def learn(
+        self, state: SamplerState, z: jax.Array, token: jax.Array, seats: jax.Array, positions: jax.Array,
+        live: jax.Array,
+    ) -> SamplerState:  # fmt: skip
+        """The state behind token i32[N], chosen at these positions; seats of rows that are not live are padding."""
+        processors = tuple(
+            processor.update(held, seats, token, live, z)
+            for processor, held in zip(self.processors, state.processors, strict=True)
+        )
+        last = state.last_token.at[seats].set(jnp.where(live, token, 0))
+        length = state.length.at[seats].set(jnp.where(live, positions + 1, 0))
+        return replace(state, last_token=last, length=length, processors=processors)
 
     def _given(self, state, logits, seats, positions, live) -> tuple[jax.Array, Context, jax.Array]:
         """float32 logits, the context of each row, and the padding seat for rows that are not live."""

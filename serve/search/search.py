@@ -9,7 +9,7 @@ and pages back before the next step is scheduled.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,17 +120,25 @@ class Search(ABC):
         that prompt's `error`. Beside others the samples are the same as alone; which ends first may differ, because
         samples wait for seats: see the searches that stop early.
         """
-        given: Any = prompts if isinstance(prompts, str | bytes | dict) else list(prompts)
-        count = 1 if is_prompt(given) else len(given)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params: Any = self.prepare(sampling_params or SamplingParams())
-        else:
-            params = [self.prepare(one) for one in sampling_params]
+        given, count, params = spread(self.prepare, prompts, sampling_params)
         trials = [Trial(self) for _ in range(count)]
         outputs = llm.generate(
             given, params, priority=priority, tenant=tenant, until=trials, use_tqdm=use_tqdm
         )
         return [trial.result(output) for trial, output in zip(trials, outputs)]
+
+
+def spread(
+    prepare: Callable[[SamplingParams], SamplingParams], prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+) -> tuple[Any, int, Any]:  # fmt: skip
+    """(prompts, how many, parameters) for `LLM.generate`: one prompt or a list, parameters for all or one each, as a
+    search prepares them."""
+    given: Any = prompts if isinstance(prompts, str | bytes | dict) else list(prompts)
+    count = 1 if is_prompt(given) else len(given)
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return given, count, prepare(sampling_params or SamplingParams())
+    return given, count, [prepare(one) for one in sampling_params]
 
 
 @dataclass
