@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .forms import Spread
+
 NULL_PAGE = 0
 
 
@@ -51,7 +53,7 @@ class Shape:
         "query_starts", "seats", "ends", "ancestors",
         "prompt_lengths",
     ],
-    meta_fields=["shape"],
+    meta_fields=["shape", "spread"],
 )  # fmt: skip
 @dataclass(frozen=True)
 class Batch:
@@ -71,6 +73,7 @@ class Batch:
     ancestors     bool[B,q,q] where the rectangular rows are draft trees: which slots each slot sees (itself and its
                               ancestors); slots lie one behind the other, positions follow depth. None: chains
     prompt_lengths i32[B+R]   tokens of each row's prompt; what follows was generated. None: all tokens are prompts
+    spread        Spread      tokens are spread over devices, in the order of `attention.spread`; None: in plain order
     """
 
     shape: Shape
@@ -88,6 +91,7 @@ class Batch:
     ends: jax.Array
     ancestors: jax.Array | None = None
     prompt_lengths: jax.Array | None = None
+    spread: Spread | None = None
 
     @property
     def last_tokens(self) -> jax.Array:

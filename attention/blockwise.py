@@ -22,7 +22,7 @@ from .pages import Queries, block_view, each_block, scales, unpack
 def softmax_row(queries: Queries) -> tuple[jax.Array, jax.Array]:
     """Queries of one row against all they see, page by page: out f32[1,Hkv,N,D] and lse f32[1,Hkv,N]."""
     view, row, live = queries.view, jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
-    first, last = queries.sees_from.min() // view.page_size, (view.lengths[0] - 1) // view.page_size
+    first, last = queries.sees_from.min() // view.span, (view.lengths[0] - 1) // view.span
 
     def page(index, carry):
         out, top, total = carry
@@ -111,9 +111,11 @@ class Blockwise:
         return unpack(out, q.shape[1]).astype(q.dtype), unpack(lse, q.shape[1])
 
     def prompt(
-        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec
-    ) -> tuple[jax.Array, jax.Array]:
-        """The prompt part: q [C,Hq,D], rows by query_starts i32[R+1]."""
+        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec,
+        ends: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        """The prompt part: q [C,Hq,D], rows by query_starts i32[R+1]. `ends` i32[R]: the position behind the last
+        query of each row, where that is not the end of what it sees."""
         C, heads, dim = q.shape
         step = min(self.tiles(Case.of("prompt", q, view)).queries, C)
         # One block of slack, so that a row's last block may run over the end of the chunk.
@@ -132,5 +134,5 @@ class Blockwise:
             jnp.zeros((C + step, heads, dim), jnp.float32),
             jnp.full((C + step, heads), -jnp.inf, jnp.float32),
         )
-        out, lse = each_block(query_starts, view.lengths, step, block, start)
+        out, lse = each_block(query_starts, view.lengths if ends is None else ends, step, block, start)
         return out[:C].astype(q.dtype), lse[:C]

@@ -193,6 +193,15 @@ class CodedView:
     def kv_heads(self) -> int:
         return self.k.codes.shape[1]
 
+    @property
+    def span(self) -> int:
+        """Tokens of a text that a page stands for."""
+        return self.page_size
+
+    def places(self, page: jax.Array) -> jax.Array:
+        """Text positions i32[...,ps] of the pages at places i32[...] of a table."""
+        return page[..., None] * self.page_size + jnp.arange(self.page_size, dtype=jnp.int32)
+
     def read(self, where: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pages `where` i32[W]: keys f32[W,Hkv,D,ps] and values f32[W,Hkv,ps,D]."""
         k = self.codec.decode(self.k.at(where), self.page_size)

@@ -208,7 +208,7 @@ class Queries:
     @property
     def pages(self) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
         """`live_pages` from the first that any query of a row sees."""
-        size = self.view.page_size
+        size = self.view.span
         return live_pages(self.view.lengths, self.sees_from.min(1) // size, size)
 
     def meet(
@@ -227,7 +227,7 @@ class Queries:
             scores = scores * scales(view.k_scales, where)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        keys = (page[:, None] * view.page_size + jnp.arange(view.page_size, dtype=jnp.int32))[:, None, :]
+        keys = view.places(page)[:, None, :]
         if self.noise is not None:
             scores = self.noise.on(scores, row, self.positions[row], keys[:, 0])
         seen = (keys >= self.sees_from[row][..., None]) & (keys <= self.sees_to[row][..., None])

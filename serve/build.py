@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from ..attention.backends import backends, named
 from ..attention.caches.paged import QUANTISED, Pages
 from ..attention.caches.policy import CachePolicy
+from ..attention.forms import FORMS, Form
 from ..attention.ops import Backend
 from ..model import checkpoint
 from ..model.config import AttentionConfig, ModelConfig
@@ -23,7 +25,8 @@ from ..model.stacked import lay_out
 from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
 from ..pallas_kernels.attention.tuned import tiles_folder
 from ..pallas_kernels.chips import Chip
-from ..sharding.placement import Placement
+from ..sharding.placement import Placement, put
+from ..sharding.spreading import Spreading
 from .bounds import Bounds
 from .buckets import BucketPlan
 from .cache_rules import check_model, check_settings, hold, no_prefix_cache
@@ -54,7 +57,8 @@ RECURRENT_BLOCK, REMEMBERED_BLOCKS = 64, 1 << 16
 
 @dataclass(frozen=True)
 class Build:
-    """The settings of an engine; None means chosen from the model and the device."""
+    """The settings of an engine; None means chosen from the model and the device. pool_bytes: what the KV pool of a
+    device may take, where several processes have agreed on it."""
 
     max_model_len: int | None = None
     max_num_seqs: int = 8
@@ -71,13 +75,16 @@ class Build:
     attention_backend: str | None = None
     kv_cache_dtype: str | None = None
     tensor_parallel_size: int = 1
+    sequence_parallel_size: int = 1
+    sequence_parallel_form: Form | None = None
     cache: CachePolicy = Pages()
     drafter: Drafter | None = None
     controller: Controller | None = None
+    pool_bytes: int | None = None
 
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")
-        for name in (*sizes, "tensor_parallel_size"):
+        for name in (*sizes, "tensor_parallel_size", "sequence_parallel_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
@@ -89,8 +96,14 @@ class Build:
         quantised = KV_DTYPES.get(self.kv_cache_dtype or "") in QUANTISED
         check_settings(
             self.cache, quantised=self.kv_cache_dtype if quantised else None, page_size=self.page_size,
-            devices=self.tensor_parallel_size,
+            devices=self.tensor_parallel_size, parts=self.sequence_parallel_size,
         )  # fmt: skip
+        form = self.sequence_parallel_form
+        if form is not None and (form not in FORMS or self.sequence_parallel_size == 1):
+            raise ValueError(
+                f"sequence_parallel_form={form!r} with sequence_parallel_size={self.sequence_parallel_size}: choose "
+                f"one of {', '.join(FORMS)}, or None, with at least 2 devices"
+            )
 
     def kv_dtype(self, computed: jnp.dtype) -> jnp.dtype:
         """How keys and values are stored, where activations are `computed` in."""
@@ -105,8 +118,13 @@ class Build:
 
     def placement(self, config: ModelConfig) -> Placement | None:
         """Where the model lives; None: on the default device. ValueError where it does not split."""
-        size = self.tensor_parallel_size
-        return None if size == 1 else Placement.tensor(size, config.attention_heads)
+        tensor, sequence = self.tensor_parallel_size, self.sequence_parallel_size
+        return None if self.devices == 1 else Placement.here(tensor, sequence, config.attention_heads)
+
+    @property
+    def devices(self) -> int:
+        """Over how many devices the model is split."""
+        return self.tensor_parallel_size * self.sequence_parallel_size
 
     def shardings(self, config: ModelConfig, numerics: Numerics) -> Any:
         """The sharding of each parameter of the checkpoint; None: the default device."""
@@ -131,7 +149,7 @@ def open_model(model: str | Path | ModelConfig | dict[str, Any], dtype: str | No
         config = model if isinstance(model, ModelConfig) else checkpoint.read_config(model)
         numerics = choose_numerics(dtype, config.dtype)
         drawn = checkpoint.random_params(config, numerics, build.seed)
-        params = jax.device_put(drawn, build.shardings(config, numerics))
+        params = put(drawn, build.shardings(config, numerics))
         return Opened(f"{config.model_type} (random)", None, config, numerics, params)
     folder = checkpoint.resolve(model)
     config = checkpoint.load_config(folder)[1]
@@ -195,7 +213,7 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
 
     A model without pages gets numbers without memory behind them: the prefix cache counts its text in blocks.
     """
-    size = build.page_size or build.cache.page_size or usual_page_size(length)
+    size = build.page_size or build.cache.page_size or usual_page_size(length, build.sequence_parallel_size)
     bytes_a_page = page_bytes(config, size, dtype, build.cache)
     if bytes_a_page == 0:
         block = build.page_size or RECURRENT_BLOCK
@@ -207,12 +225,14 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
         return build.num_pages, size
     place = build.placement(config)
     shards = 1 if place is None else place.kv_shards
-    return max(2, min(wanted, pool_bytes() * shards // bytes_a_page)), size
+    room = build.pool_bytes or pool_bytes()
+    return max(2, min(wanted, room * shards // bytes_a_page)), size
 
 
-def usual_page_size(length: int) -> int:
-    """Tokens a page for sequences of up to `length` tokens."""
-    return min(128, max(16, length))
+def usual_page_size(length: int, parts: int = 1) -> int:
+    """Tokens a page for sequences of up to `length` tokens. A page that `parts` devices share is short enough for
+    texts of full length to be shared within 3 %."""
+    return min(128, max(16, length)) if parts == 1 else parts * min(128, max(16, length // (32 * parts)))
 
 
 def choose_snapshots(config: ModelConfig, build: Build, dtype: jnp.dtype) -> int:
@@ -221,12 +241,13 @@ def choose_snapshots(config: ModelConfig, build: Build, dtype: jnp.dtype) -> int
     size = snapshot_bytes(config, dtype)
     if size == 0 or build.prefix_cache is False or not build.cache.abilities.may_share_prefix:
         return 0
-    return min(2 * build.max_num_seqs, pool_bytes() // (4 * size))
+    return min(2 * build.max_num_seqs, (build.pool_bytes or pool_bytes()) // (4 * size))
 
 
 def pool_bytes() -> int:
-    """Bytes that the KV pool may take on the default device."""
-    stats = jax.devices()[0].memory_stats() if jax.devices()[0].platform != "cpu" else None
+    """Bytes that the KV pool may take on this process's first device."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
         return DEFAULT_POOL_BYTES
     return spare_bytes(stats["bytes_limit"], stats["bytes_in_use"])
@@ -247,8 +268,9 @@ def use_compilation_cache() -> None:
 
 
 def build_engine(
-    config: ModelConfig, numerics: Numerics, params: Any, tokenizer: Tokenizer | None, build: Build
-) -> tuple[ModelConfig, Engine]:
+    config: ModelConfig, numerics: Numerics, params: Any, tokenizer: Tokenizer | None, build: Build,
+    make_programs: Callable[..., Programs] = Programs,
+) -> tuple[ModelConfig, Engine]:  # fmt: skip
     """An engine with its programs not yet compiled, and the config it runs."""
     use_compilation_cache()
     if numerics.platform == "cpu":
@@ -258,11 +280,19 @@ def build_engine(
     config = with_length(config, cache.longest(length))
     budget = max(build.max_num_batched_tokens, build.max_num_seqs + 1)
     stored = build.kv_dtype(numerics.dtype)
-    check_model(cache, config, length=length, budget=budget)
+    check_model(cache, config, length=length, budget=budget, parts=build.sequence_parallel_size)
     num_pages, page_size = choose_pages(config, build, length, stored)
     slack = 0 if build.drafter is None else max(shape.slots for shape in build.drafter.shapes)
     width = -(-(length + slack) // page_size) if page_bytes(config, page_size, stored, cache) else 0
     place = build.placement(config)
+    spreading = None
+    if place is not None and place.sequence > 1:
+        cache = place.cache(cache)
+        mixer = next(block.mixer for block in config.blocks if isinstance(block.mixer, AttentionConfig))
+        spreading = Spreading.of(
+            place, mixer, params["blocks"], layers=config.num_layers, width=numerics.dtype.itemsize, length=length,
+            form=build.sequence_parallel_form,
+        )  # fmt: skip
     graphdef, params, period = lay_out(config, numerics, params, alike=cache.abilities.layers_alike)
     if place is not None:
         params = jax.device_put(params, place.params(graphdef, jax.eval_shape(lambda: params)))
@@ -282,16 +312,16 @@ def build_engine(
     sampler = Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED)
     speculation = None
     if build.drafter is not None:
-        check_drafter(build.drafter, cache, config, devices=build.tensor_parallel_size)
+        check_drafter(build.drafter, cache, config, devices=build.devices)
         speculation = Speculation(
             build.drafter, Target(config, numerics, tokenizer, capacity, length), build.controller
         )
         sampler = speculation.sampler(sampler, length + slack)
-    programs = Programs(
+    programs = make_programs(
         graphdef, params, state, sampler,
         BucketPlan.make(build.max_num_seqs, budget),
         page_size=page_size, width=width, period=period, strict=build.strict,
-        whole=None if place is None else place.whole, speculation=speculation,
+        whole=None if place is None else place.whole, speculation=speculation, spreading=spreading,
     )  # fmt: skip
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
     make = Engine if build.telemetry is None else partial(MeasuredEngine, telemetry=build.telemetry)

@@ -8,9 +8,11 @@ from ..attention.caches.policy import Abilities, CachePolicy
 from ..model.config import AttentionConfig, ModelConfig
 
 
-def check_settings(cache: CachePolicy, *, quantised: str | None, devices: int, page_size: int | None) -> None:
+def check_settings(
+    cache: CachePolicy, *, quantised: str | None, devices: int, parts: int, page_size: int | None
+) -> None:
     """ValueError where settings do not go with this cache. `quantised`: a kv_cache_dtype with scales; `devices`:
-    tensor_parallel_size; `page_size` as it was asked for."""
+    tensor_parallel_size; `parts`: sequence_parallel_size; `page_size` as it was asked for."""
     able, name = cache.abilities, repr(cache)
     if quantised is not None and not able.quantises:
         raise ValueError(
@@ -22,15 +24,31 @@ def check_settings(cache: CachePolicy, *, quantised: str | None, devices: int, p
             f"cache={name} keeps what it remembers on one device, but tensor_parallel_size={devices}; choose "
             f"tensor_parallel_size=1, or cache=None"
         )
+    if parts > 1 and not able.splits:
+        raise ValueError(
+            f"cache={name} keeps a text on one device, but sequence_parallel_size={parts}; choose "
+            f"sequence_parallel_size=1, or cache=None"
+        )
+    if page_size is not None and page_size % parts:
+        raise ValueError(
+            f"page_size={page_size} is not cut evenly over sequence_parallel_size={parts} devices; make it a multiple, "
+            f"or leave page_size=None"
+        )
     if cache.page_size is not None and page_size not in (None, cache.page_size):
         raise ValueError(
             f"cache={name} has pages of {cache.page_size} tokens, but page_size={page_size}; leave page_size=None"
         )
 
 
-def check_model(cache: CachePolicy, config: ModelConfig, *, length: int, budget: int) -> None:
-    """ValueError where a model cannot have this cache. `length`: max_model_len; `budget`: max_num_batched_tokens."""
+def check_model(cache: CachePolicy, config: ModelConfig, *, length: int, budget: int, parts: int = 1) -> None:
+    """ValueError where a model cannot have this cache. `length`: max_model_len; `budget`: max_num_batched_tokens;
+    `parts`: sequence_parallel_size."""
     able, name = cache.abilities, repr(cache)
+    if parts > 1 and config.recurrent:
+        raise ValueError(
+            f"sequence_parallel_size={parts} splits texts over devices, but {config.model_type} has recurrent layers, "
+            "which read them in order; choose 1"
+        )
     if not able.exact and not any(isinstance(block.mixer, AttentionConfig) for block in config.blocks):
         raise ValueError(
             f"cache={name} is for attention, which {config.model_type} has none of; leave cache=None"

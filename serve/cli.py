@@ -149,6 +149,9 @@ def _size_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="devices to split the model over"
     )
+    command.add_argument(
+        "--sequence-parallel-size", type=int, default=1, help="devices to split each text over"
+    )
     command.add_argument("--kv-cache-dtype", help="how keys and values are stored, such as int8 or fp8")
     command.add_argument(
         "--served-model-name", action="append", default=[], help="what requests may call it; may be repeated"
@@ -254,7 +257,8 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     names = (
-        "max_num_seqs", "max_num_batched_tokens", "num_pages", "tensor_parallel_size", "kv_cache_dtype",
+        "max_num_seqs", "max_num_batched_tokens", "num_pages", "tensor_parallel_size", "sequence_parallel_size",
+        "kv_cache_dtype",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names}
 

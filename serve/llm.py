@@ -13,6 +13,7 @@ import jax
 
 from ..attention.caches.paged import Pages
 from ..attention.caches.policy import CachePolicy
+from ..attention.forms import Form
 from ..model import checkpoint
 from ..model.config import ModelConfig
 from ..model.stacked import unstack
@@ -24,8 +25,10 @@ from .build import Build, build_engine, open_model, open_tokenizer
 from .drafters.controller import Controller
 from .drafters.draft import Drafter
 from .finish import abort, finish
+from .followers import lead_swap
 from .gang import Gang
 from .locks import FairLock
+from .membership import calibrate, confirm, follow, meet, programs_of, refuse_requests, together
 from .outputs import RequestOutput
 from .policies.policy import Policy
 from .prompts import Prompt, each, encode_prompt, is_prompt, need_tokenizer, salt_of
@@ -72,6 +75,10 @@ class LLM:
             for each token and head, "int8" or "fp8"; None: as activations are. On CPU choose int8 or float16: XLA
             copies pages of bfloat16 and fp8 when it writes to them.
         tensor_parallel_size: devices that one model is split over: heads, MLP and vocabulary.
+        sequence_parallel_size: devices (or groups of tensor_parallel_size) that each text is split over: every one
+            keeps 1/n of all keys and values and computes 1/n of a prompt, for contexts longer than one holds.
+        sequence_parallel_form: how prompt tokens meet keys on other devices (`attention.forms`): "ring",
+            "token_ring", "gather" or "whole"; None: the quickest for each program, by a formula.
         cache: what attention layers remember (`attention.caches`): StreamingLLM, DoubleSparsity and others; None:
             every key and value in pages. `repr` says what a cache goes without.
         drafter: guesses tokens ahead, which the model then checks all at once (`serve.drafters`): DraftModel,
@@ -96,8 +103,9 @@ class LLM:
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
-        tensor_parallel_size: int = 1, cache: CachePolicy | None = None, transforms: Sequence[Transform] = (),
-        drafter: Drafter | None = None, controller: Controller | None = None,
+        tensor_parallel_size: int = 1, sequence_parallel_size: int = 1,
+        sequence_parallel_form: Form | None = None, cache: CachePolicy | None = None,
+        transforms: Sequence[Transform] = (), drafter: Drafter | None = None, controller: Controller | None = None,
         calibration: Sequence[str | Sequence[int]] | None = None,
     ):  # fmt: skip
         build = Build(
@@ -105,24 +113,25 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens, num_pages=num_pages, page_size=page_size, seed=seed,
             strict=strict, prefix_cache=prefix_cache, policy=policy, telemetry=Telemetry.of(telemetry),
             overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
-            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_size=tensor_parallel_size, sequence_parallel_size=sequence_parallel_size,
+            sequence_parallel_form=sequence_parallel_form,
             bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
             controller=controller,
         )  # fmt: skip
-        opened = open_model(model, dtype, build)
-        self.name, self.folder, self.seed, self.progress = opened.name, opened.folder, seed, progress
-        self.tokenizer = None if skip_tokenizer_init else open_tokenizer(tokenizer, opened.folder)
-        opened, self.transforms = Transforms.of(opened).apply(
-            opened, transforms, calibration, self.tokenizer, build
-        )
-        self.config, self.engine = build_engine(
-            opened.config, opened.numerics, opened.params, self.tokenizer, build
-        )
-        programs = self.engine.programs
-        programs.compile(progress)
-        self.engine.scheduler.policy.calibrate(programs.plan.chunks, programs.measure)
-        if programs.speculation is not None:
-            programs.speculation.calibrate(programs)
+        self.group = meet(build, dtype=dtype, transforms=tuple(transforms))
+        with together(self.group):
+            opened = open_model(model, dtype, build)
+            self.name, self.folder, self.seed, self.progress = opened.name, opened.folder, seed, progress
+            self.tokenizer = None if skip_tokenizer_init else open_tokenizer(tokenizer, opened.folder)
+            opened, self.transforms = Transforms.of(opened).apply(
+                opened, transforms, calibration, self.tokenizer, build
+            )
+            build = confirm(self.group, build, opened, self.tokenizer)
+            self.config, self.engine = build_engine(
+                opened.config, opened.numerics, opened.params, self.tokenizer, build, programs_of(self.group)
+            )
+            self.engine.programs.compile(progress)
+            calibrate(self.group, self.engine)
         self.telemetry, self.cache = build.telemetry, build.cache
         if isinstance(self.engine, MeasuredEngine):
             self.engine.telemetry.start(self.name, self.config, self.engine)
@@ -147,7 +156,7 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str] | None = None,
         until: Sequence[Callable[[list[Sample]], bool]] | None = None,
-        gangs: Sequence[Gang] | None = None,
+        gangs: Sequence[Gang | None] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts; results come in the order of the prompts.
@@ -161,7 +170,7 @@ class LLM:
 
         until, one a prompt: a function that is told of the prompt's samples that ended in a step (`serve.request`,
         in order of their indices); when it returns True the prompt's other samples end at once, with finish_reason
-        "abort". `serve.search` has searches made of it. gangs, one a prompt: its samples run in lock-step, as the
+        "abort". `serve.search` has searches made of it. gangs, one a prompt or None: its samples run in lock-step, as the
         beams of a search do (`serve.gang`).
         """
         if not isinstance(prompts, Iterable):
@@ -319,9 +328,22 @@ class LLM:
                     "generation, versions never fall"
                 )
             positions = self.cache.longest(engine.max_model_len)
-            engine.swap_weights(plan_swap(engine.programs, self.config, positions, source), number)
+            swap = plan_swap(engine.programs, self.config, positions, source)
+            engine.swap_weights(swap if self.group is None else lead_swap(self.group, source, swap), number)
 
     # -- the life of the engine ----------------------------------------------------------------------------
+
+    def follow(self) -> bool:
+        """Where several processes run one model (`tokenloom.initialize`): in all but process 0, take part in what it
+        computes until it closes, then return True. False at once in process 0, and where there is one process only,
+        so the same script runs everywhere: `if not llm.follow(): llm.generate(...)`.
+
+        RuntimeError (`ProcessLost`) that names the process, when one ends or falls silent.
+        """
+        try:
+            return follow(self.group, self.engine, self.config, self.cache.longest(self.engine.max_model_len))
+        finally:
+            self._closed |= self.group is not None and not self.group.leads
 
     def close(self) -> None:
         """Free the device memory; the object cannot be used afterwards."""
@@ -350,8 +372,10 @@ class LLM:
     def save(self, path: str | Path) -> None:
         """Write an Orbax checkpoint (weights, config, tokenizer files) that `LLM(path)` opens again.
 
-        ValueError when the folder exists already.
+        ValueError when the folder exists already, and where several processes share the model.
         """
+        if self.group is not None:
+            raise ValueError("several processes share this model; open it in one process to save it")
         programs = self.engine.programs
         params = programs.params if programs.period is None else unstack(programs.params, programs.period)
         metadata = self.transforms.metadata()
@@ -430,6 +454,7 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError(f"LLM({self.name!r}) is closed; make a new one")
+        refuse_requests(self.group)
 
     def tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text (None when it came as token ids) and token ids; safe to call from any thread."""
@@ -437,6 +462,7 @@ class LLM:
 
     def _run(self, requests: list[Request], alone: bool, use_tqdm: bool | None) -> list[RequestOutput]:
         """Drive until all are done, and return the outputs in order."""
+        refuse_requests(self.group)
         show = (self.progress and len(requests) > 1) if use_tqdm is None else use_tqdm
         finish(self.engine, self._lock, requests, alone=alone, show=show)
         return [request.output() for request in requests]

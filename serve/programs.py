@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 
 from ..attention.batch import Shape, descriptor_size, unpack
 from ..attention.caches.recurrent import RecurrentState
+from ..attention.spread import plain, spread
+from ..sharding.spreading import Spreading
 from .buckets import BucketPlan
 from .compilations import Compilations
 from .drafters.draft import DraftShape
@@ -33,13 +35,17 @@ from .sampling.sampler import Sampled, Sampler, prompt_logprobs
 SCORE_ROWS = 32
 
 
-def backbone(graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int, prompt: int) -> Callable:
+def backbone(
+    graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int, prompt: int,
+    spreading: Spreading | None = None,
+) -> Callable:  # fmt: skip
     """(params, state, last_token, length, packed, prompt_length) -> (x rows [B+R,E], prompt x, state); state is
     donated. prompt_length: tokens of each seat's prompt, for models whose generated tokens take fewer layers.
 
     Prompt x is padded to the largest chunk, [prompt,E], so that one program scores every chunk size; without a
-    prompt part it is [0,E].
+    prompt part it is [0,E]. On a mesh whose devices share texts, `spreading` says how they share the step.
     """
+    over = None if spreading is None else spreading.over(shape)
 
     def run(
         params: Any, state: tuple, last_token: jax.Array, length: jax.Array, packed: jax.Array,
@@ -49,8 +55,12 @@ def backbone(graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int, p
         batch = unpack(shape, width, page_size, packed, last_token, length)
         if prompt_length is not None:
             batch = replace(batch, prompt_lengths=prompt_length[batch.seats])
+        batch = batch if over is None else spread(batch, over)
         x = model.embed(batch.tokens, batch)
+        if over is not None and spreading is not None:
+            x = jax.lax.with_sharding_constraint(x, spreading.sharding)
         x, state = model.run(x, state, batch, range(model.num_layers))
+        x = x if over is None else plain(x, shape, over.devices)
         rest = x[shape.B * shape.q :]
         pad = prompt - shape.C if shape.C else 0
         return x[batch.last_tokens], jnp.pad(rest, ((0, pad), (0, 0))), state
@@ -108,10 +118,11 @@ class Programs:
         self, graphdef: nnx.GraphDef, params: Any, state: tuple, sampler: Sampler, plan: BucketPlan, *,
         page_size: int, width: int, period: int | None = None, strict: bool = False,
         whole: jax.sharding.Sharding | None = None, speculation: Speculation | None = None,
+        spreading: Spreading | None = None,
     ):  # fmt: skip
         """`whole`: on a mesh, the sharding of what is replicated: all but params and state."""
         self.graphdef, self.params, self.state = graphdef, params, state
-        self.sampler, self.plan, self.speculation = sampler, plan, speculation
+        self.sampler, self.plan, self.speculation, self.spreading = sampler, plan, speculation, spreading
         self.page_size, self.width, self.period = page_size, width, period
         self.whole, self.sampler_state = whole, sampler.start(whole)
         self.compiled: dict[Any, Any] = {}
@@ -142,7 +153,7 @@ class Programs:
 
         jobs: dict[Any, Callable[[], Any]] = {}
         for shape in plan.backbones():
-            run = backbone(self.graphdef, shape, self.width, self.page_size, plan.chunks[-1])
+            run = backbone(self.graphdef, shape, self.width, self.page_size, plan.chunks[-1], self.spreading)
             packed = ints((descriptor_size(shape, self.width),))
             name = f"{shape.kind}_B{shape.B}_q{shape.q}_R{shape.R}_C{shape.C}"
             out = self.whole, self.whole, places(state)

@@ -1,4 +1,4 @@
-"""Where one model lives: a plan on a mesh of devices of this process."""
+"""Where one model lives: a plan on a mesh of devices, of this process or of several."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ..attention.caches.policy import CachePolicy
+from ..attention.caches.split import Split, SplitPages
 from ..attention.ops import Backend
 from ..attention.sharded import Sharded
 from .plan import GROUPED, TENSOR, Plan, mesh_axes
+
+SEQUENCE = "seq"
 
 Heads = Collection[tuple[int, int]]
 """(query heads, KV heads) of each kind of attention layer in a model."""
@@ -54,6 +58,18 @@ def needs_split(size: int, heads: Heads, limit: int, asked: str | None = None) -
     return found
 
 
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole -> the same on their shardings (None: the default device), where each
+    process makes only the parts of its own devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__),
+        tree,
+        shardings,
+    )
+
+
 @dataclass(frozen=True)
 class Placement:
     """Weights and pages follow the plan; what a step brings and takes is whole on every device."""
@@ -62,25 +78,34 @@ class Placement:
     mesh: Mesh | AbstractMesh
 
     @staticmethod
-    def tensor(size: int, heads: Heads = ()) -> Placement:
-        """Heads, MLP and vocabulary split over the first `size` devices, KV heads as far as they go."""
-        devices = jax.devices()
+    def here(tensor: int, sequence: int = 1, heads: Heads = ()) -> Placement:
+        """Over the first devices: heads, MLP and vocabulary split over `tensor` of them, KV heads as far as they go,
+        and each text over `sequence` such groups."""
+        devices, size = jax.devices(), tensor * sequence
         if size > len(devices):
+            asked = (
+                f"tensor_parallel_size={tensor}" if sequence == 1 else f"sequence_parallel_size={sequence}"
+            )
+            if tensor > 1 and sequence > 1:
+                asked = f"tensor_parallel_size={tensor} times {asked} is {size}"
             hint = " (on CPU: JAX_NUM_CPU_DEVICES=n in the environment)"
             raise ValueError(
-                f"tensor_parallel_size={size}, but there are {len(devices)} {devices[0].platform} devices; lower it, "
+                f"{asked}, but there are {len(devices)} {devices[0].platform} devices; lower it, "
                 f"or start with more devices{hint if devices[0].platform == 'cpu' else ''}"
             )
-        return Placement.over(devices[:size], needs_split(size, heads, len(devices)))
+        return Placement.over(devices[:size], needs_split(tensor, heads, len(devices)), sequence)
 
     @staticmethod
-    def over(devices: Sequence[Any] | None, split: tuple[int, int]) -> Placement:
-        """The tensor plan over these devices, also compile-only ones, with `split` from `split_heads`. None: a mesh
-        of no devices in particular, to plan with."""
+    def over(devices: Sequence[Any] | None, split: tuple[int, int], sequence: int = 1) -> Placement:
+        """The tensor plan over these devices, also compile-only ones, with `split` from `split_heads`, and texts over
+        `sequence` groups of them. None: a mesh of no devices in particular, to plan with."""
         shares, repeats = split
         plan, sizes, names = (
             (TENSOR, (shares,), ("tensor",)) if repeats == 1 else (GROUPED, split, ("kv", "rep"))
         )
+        if sequence > 1:
+            sizes, names = (sequence, *sizes), (SEQUENCE, *names)
+            plan = Plan(f"sequence, {plan.name}", (*plan.table, ("tokens", SEQUENCE)))
         if devices is None:
             return Placement(plan, AbstractMesh(sizes, names))
         return Placement(plan, Mesh(np.array(devices).reshape(sizes), names))
@@ -92,8 +117,27 @@ class Placement:
     @property
     def kv_shards(self) -> int:
         """Into how many parts keys and values are cut."""
-        target = dict(self.plan.table).get("kv_heads")
-        return math.prod(self.mesh.shape[axis] for axis in mesh_axes(target))
+        table = dict(self.plan.table)
+        axes = *mesh_axes(table.get("kv_heads")), *mesh_axes(table.get("tokens"))
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def sequence(self) -> int:
+        """Over how many devices each text is split."""
+        axes = mesh_axes(dict(self.plan.table).get("tokens"))
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def spread(self) -> NamedSharding:
+        """Activations [T,E] of which each device has some tokens."""
+        return NamedSharding(self.mesh, PartitionSpec(dict(self.plan.table).get("tokens")))
+
+    def cache(self, cache: CachePolicy) -> CachePolicy:
+        """What remembers: pages shared token by token where texts are split."""
+        if self.sequence == 1:
+            return cache
+        table = dict(self.plan.table)
+        return SplitPages(Split(self.mesh, SEQUENCE, table.get("heads"), table.get("kv_heads")))
 
     def params(self, graphdef: nnx.GraphDef, specs: Any) -> Any:
         """The sharding of each parameter, from specs of the same tree."""
@@ -104,7 +148,10 @@ class Placement:
         return jax.tree.map(lambda leaf: leaf.sharding, self.plan.place_state(specs, self.mesh))
 
     def backends(self, backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
-        """Attention back ends that run on every device with its own heads."""
+        """Attention back ends that run on every device with its own heads (a cache that splits texts sees to that
+        itself)."""
+        if self.sequence > 1:
+            return backends
         table = dict(self.plan.table)
         (axis,) = mesh_axes(table["kv_heads"])
         rep = next((name for name in mesh_axes(table["heads"]) if name != axis), None)

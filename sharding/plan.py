@@ -17,8 +17,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..attention.caches.paged import PagedKV
+from ..attention.caches.split import SplitKV
 
-LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "layers")
+LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "layers", "tokens")
 
 AnyMesh = Mesh | AbstractMesh
 Target = str | tuple[str, ...]
@@ -86,14 +87,20 @@ class Plan:
         )  # fmt: skip
 
     def place_state(self, specs: tuple, mesh: AnyMesh) -> tuple:
-        """ShapeDtypeStructs of the state -> the same with their shardings: pages and scales [M,Hkv,...] by KV head."""
+        """ShapeDtypeStructs of the state -> the same with their shardings: pages and scales [M,Hkv,...] by KV head, and
+        by token where they say so themselves."""
         target = dict(self.table).get("kv_heads")
 
         def one(entry: object, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             split = PartitionSpec(None, target) if isinstance(entry, PagedKV) and target else PartitionSpec()
             return _placed(leaf, mesh, split)
 
-        return tuple(jax.tree.map(partial(one, entry), entry) for entry in specs)
+        def placed(entry: object) -> object:
+            if isinstance(entry, SplitKV):
+                return jax.tree.map(lambda leaf, cut: _placed(leaf, mesh, cut), entry, entry.partition())
+            return jax.tree.map(partial(one, entry), entry)
+
+        return tuple(placed(entry) for entry in specs)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, mesh: AnyMesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:

@@ -27,6 +27,11 @@ def encode(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return (jnp.round(codes) if jnp.issubdtype(dtype, jnp.integer) else codes).astype(dtype), scales
 
 
+def decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """The inverse of `encode`, in float32."""
+    return codes.astype(jnp.float32) * scales[..., None]
+
+
 def draft_tree(batch: Batch, ancestors: jax.Array, spec: AttentionSpec) -> Tree:
     """The draft trees of a batch's rectangular rows, as the attention op takes them."""
     B, n = batch.shape.B, batch.shape.q
@@ -40,7 +45,9 @@ class Pages(CachePolicy):
 
     @property
     def abilities(self) -> Abilities:
-        return Abilities(may_share_prefix=True, can_roll_back=True, exact=True, quantises=True, shards=True)
+        return Abilities(
+            may_share_prefix=True, can_roll_back=True, exact=True, quantises=True, shards=True, splits=True
+        )
 
     def create(self, heads: Heads, layer: int, capacity: Capacity, layers: int | None = None) -> PagedKV:
         del layer

@@ -68,6 +68,7 @@ class Abilities:
     chunkable         a prompt may be cut anywhere
     quantises         keys and values may be stored in the integer and float8 dtypes of `kv_cache_dtype`
     shards            KV heads may be split over devices
+    splits            the tokens of a text may be split over devices
     layers_alike      layers of one shape have the same kind of state
     """
 
@@ -79,6 +80,7 @@ class Abilities:
     chunkable: bool = True
     quantises: bool = False
     shards: bool = False
+    splits: bool = False
     layers_alike: bool = True
 
     @property
@@ -92,6 +94,7 @@ class Abilities:
             "chunked prefill": self.chunkable,
             "quantised kv_cache_dtype": self.quantises,
             "tensor parallel": self.shards,
+            "sequence parallel": self.splits,
         }
         return ", ".join(name for name, there in missing.items() if not there)
 

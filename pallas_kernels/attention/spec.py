@@ -80,8 +80,8 @@ class AttentionSpec:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k_pages", "v_pages", "table", "lengths", "k_scales", "v_scales"],
-    meta_fields=["layout"],
+    data_fields=["k_pages", "v_pages", "table", "lengths", "k_scales", "v_scales", "first"],
+    meta_fields=["layout", "parts"],
 )
 @dataclass(frozen=True)
 class PagedView:
@@ -97,6 +97,9 @@ class PagedView:
       waste half of the lanes otherwise
 
     int8 and float8 pages come with f32 scales [M,Hkv,ps], one for each token and head: k = codes * scale.
+
+    Pages that several devices share token by token are `parts` times as long as what lies here, which begins with
+    token `first` i32[] of each page: key positions then have gaps. Back ends that count on none refuse.
     """
 
     k_pages: jax.Array
@@ -106,10 +109,30 @@ class PagedView:
     k_scales: jax.Array | None = None
     v_scales: jax.Array | None = None
     layout: Layout = "transposed"
+    parts: int = 1
+    first: jax.Array | None = None
 
     @property
     def page_size(self) -> int:
         return self.k_pages.shape[token_axis(self.layout)]
+
+    @property
+    def span(self) -> int:
+        """Tokens of a text that a page of the table stands for."""
+        return self.page_size * self.parts
+
+    def places(self, page: jax.Array) -> jax.Array:
+        """Text positions i32[...,ps] of what lies here of the pages at places i32[...] of a table."""
+        inside = jnp.arange(self.page_size, dtype=jnp.int32) + (0 if self.first is None else self.first)
+        return page[..., None] * self.span + inside
+
+    def closed_up(self) -> PagedView:
+        """As if what lies here were the whole text: right for queries that see all of it."""
+        if self.first is None:
+            return self
+        here = jnp.clip(self.lengths % self.span - self.first, 0, self.page_size)
+        lengths = self.lengths // self.span * self.page_size + here
+        return replace(self, lengths=lengths, parts=1, first=None)
 
     @property
     def kv_heads(self) -> int:

@@ -92,6 +92,8 @@ class TpuKernels:
         kv_dtype, size = view.k_pages.dtype, view.page_size
         if view.layout == "transposed":
             raise NotImplementedError("keys are transposed inside a page; the kernel wants rows or pairs")
+        if view.parts > 1:
+            raise NotImplementedError("keys have gaps (pages shared token by token); the kernel counts on none")
         if self.chip.platform != "tpu":
             raise NotImplementedError(f"compiled for {self.chip.name}: this kernel is for TPU")
         if not self.interpret and size % (32 // kv_dtype.itemsize):

@@ -228,5 +228,5 @@ def check_drafter(drafter: Drafter, cache: CachePolicy, config: ModelConfig, *, 
         )
     if devices > 1:
         raise ValueError(
-            f"drafter={drafter!r} drafts on one device, but tensor_parallel_size={devices}; leave one of them out"
+            f"drafter={drafter!r} drafts on one device, but the model is split over {devices}; leave one of them out"
         )

@@ -1,0 +1,69 @@
+"""Which steps spread their prompt tokens over devices, and how those meet keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from ..attention.batch import Shape
+from ..attention.forms import Form, Load, Speeds, Spread, choose
+from ..attention.spread import spreads
+from .placement import Placement
+from .topology import GENERATIONS
+
+NVLINK, HERE = Speeds(990e12, 450e9, 5e-6, torus=False), Speeds(1e11, 5e9, 5e-5, torus=False)
+"""An H100 in its node (data sheet: dense bfloat16, NVLink one way), and devices that one CPU pretends to be."""
+
+
+def speeds_of(device: Any) -> Speeds:
+    """Arithmetic and links of a device, also of a compile-only one."""
+    if device.platform == "tpu":
+        found = next((one for one in GENERATIONS if one.kind == device.device_kind), GENERATIONS[1])
+        return Speeds(found.bf16 / found.devices, found.link_bandwidth)
+    return HERE if device.platform == "cpu" else NVLINK
+
+
+@dataclass(frozen=True)
+class Spreading:
+    """`sharding`: of activations [T,E] whose tokens are spread. load: of a step without tokens; form: what the user
+    asked for, None: by cost."""
+
+    sharding: NamedSharding
+    load: Load
+    length: int
+    speeds: Speeds
+    form: Form | None = None
+
+    @staticmethod
+    def of(
+        place: Placement,
+        attention: Any,
+        blocks: Any,
+        *,
+        layers: int,
+        width: int,
+        length: int,
+        form: Form | None,
+    ) -> Spreading:
+        """For one kind of attention layer (heads, kv_heads, head_dim); `blocks`: the parameters of all `layers`, and
+        `width`: bytes of a number; `length`: max_model_len."""
+        tensor = place.mesh.size // place.sequence
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(blocks)) // layers
+        load = Load(
+            place.sequence, 0, 0, -(-attention.heads // tensor), -(-attention.kv_heads // tensor),
+            attention.head_dim, width, parameters // tensor,
+        )  # fmt: skip
+        device = np.asarray(place.mesh.devices).flat[0]  # type: ignore[union-attr]
+        return Spreading(place.spread, load, length, speeds_of(device), form)
+
+    def over(self, shape: Shape) -> Spread | None:
+        """How a step of this shape is spread; None: every device computes all of its tokens."""
+        devices = self.load.devices
+        if not spreads(shape, devices):
+            return None
+        form = self.form or choose(self.load.of(shape.C, max(0, self.length - shape.C) // 2), self.speeds)
+        return None if form == "whole" else Spread(devices, form)
