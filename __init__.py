@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .serve.policies.priority import Priority
     from .serve.policies.sarathi import SarathiServe
     from .serve.policies.split_fuse import SplitFuse
+    from .serve.processes import ProcessLost, initialize
     from .serve.repetition import RepetitionDetectionParams
     from .serve.sampling.params import SamplingParams
     from .serve.sampling.structured import StructuredOutputs
@@ -65,6 +66,8 @@ _HOMES = {
     "StructuredOutputs": "serve.sampling.structured",
     "plan": "serve.planner.plan",
     "QueueFull": "serve.bounds",
+    "initialize": "serve.processes",
+    "ProcessLost": "serve.processes",
     "SarathiServe": "serve.policies.sarathi",
     "SplitFuse": "serve.policies.split_fuse",
     "PrefillFirst": "serve.policies.prefill_first",
@@ -123,6 +126,7 @@ __all__ = [
     "OutlierSuppressionPlus",
     "PrefillFirst",
     "Priority",
+    "ProcessLost",
     "QueueFull",
     "RepetitionDetectionParams",
     "RequestOutput",
@@ -138,6 +142,7 @@ __all__ = [
     "TokenRecycling",
     "UnifiedLayerSkipping",
     "__version__",
+    "initialize",
     "plan",
 ]
 
