@@ -92,9 +92,8 @@ class Wire:
 
     def finish(self) -> None:
         """Send no more: the other side reads what was sent, and then the end."""
-        with self._sending:
-            with suppress(OSError):  # the other side may have been faster
-                self._socket.shutdown(socket.SHUT_WR)
+        with self._sending, suppress(OSError):  # the other side may have been faster
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Give the connection up; for the thread that receives."""

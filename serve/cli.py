@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user mistakes end with one line on stderr and exit code 2."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        return _together(arguments) if _several(arguments) else arguments.run(arguments)
     except ValueError as error:
         print(f"tokenloom: {error}", file=sys.stderr)
         return 2
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     for command in (generate, chat):
         _model_options(command)
+        _device_options(command)
         command.add_argument("--max-tokens", type=int, default=128)
         command.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
         command.add_argument("--top-p", type=float, default=1.0)
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure prefill and decode of a model or a config.json")
     _model_options(bench)
+    _device_options(bench)
     bench.add_argument("--config", type=Path, help="a config.json: measure it with random weights")
     bench.add_argument("--batch", type=int, default=1, help="sequences that decode together")
     bench.add_argument("--prompt-len", type=int, default=128)
@@ -146,16 +148,60 @@ def _size_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num-pages", type=int, help="pages of the KV pool; default: what the memory allows"
     )
+    _device_options(command)
+    command.add_argument("--kv-cache-dtype", help="how keys and values are stored, such as int8 or fp8")
+    command.add_argument(
+        "--served-model-name", action="append", default=[], help="what requests may call it; may be repeated"
+    )
+
+
+def _device_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="devices to split the model over"
     )
     command.add_argument(
         "--sequence-parallel-size", type=int, default=1, help="devices to split each text over"
     )
-    command.add_argument("--kv-cache-dtype", help="how keys and values are stored, such as int8 or fp8")
-    command.add_argument(
-        "--served-model-name", action="append", default=[], help="what requests may call it; may be repeated"
+    command.set_defaults(follows=False)
+    several = command.add_argument_group(
+        "several processes or hosts",
+        "start the same command everywhere; process 0 answers, the others follow it",
     )
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0; auto: JAX finds all three itself (TPU VMs, Slurm)",
+    )
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
+    several.add_argument(
+        "--process-timeout",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="of silence: a process is lost then",
+    )
+
+
+def _several(arguments: argparse.Namespace) -> bool:
+    given = vars(arguments)
+    return any(given.get(name) is not None for name in ("coordinator", "num_processes", "process_id"))
+
+
+def _together(arguments: argparse.Namespace) -> int:
+    """Run a command as one of several processes."""
+    import jax
+
+    from .processes import EXIT_CODE, ProcessLost, initialize
+
+    where = arguments.coordinator, arguments.num_processes, arguments.process_id
+    initialize(*(where if where[0] != "auto" else ()), timeout=arguments.process_timeout)
+    arguments.follows = jax.process_index() > 0
+    try:
+        return arguments.run(arguments)
+    except ProcessLost as error:
+        print(f"tokenloom: {error}", file=sys.stderr)
+        return EXIT_CODE
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -168,8 +214,16 @@ def _open(arguments: argparse.Namespace, **settings: Any):
     from .llm import LLM
 
     return LLM(
-        arguments.model, dtype=arguments.dtype, max_model_len=arguments.max_model_len, **settings
-    )  # fmt: skip
+        arguments.model,
+        dtype=arguments.dtype,
+        max_model_len=arguments.max_model_len,
+        **_devices(arguments),
+        **settings,
+    )
+
+
+def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("tensor_parallel_size", "sequence_parallel_size")}
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -188,6 +242,8 @@ def _stream(arguments: argparse.Namespace, prompt: Any) -> int:
         top_k=arguments.top_k, seed=arguments.seed, stop=arguments.stop,
     )  # fmt: skip
     with _open(arguments, max_num_seqs=1, max_num_batched_tokens=256) as llm:
+        if llm.follow():
+            return 0
         started = time.perf_counter()
         first = None
         stream = llm.stream(prompt(llm), params)
@@ -229,8 +285,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         llm = _open(arguments, **sizes)
     else:
         raw = json.loads(arguments.config.read_text())
-        llm = LLM.from_config(raw, dtype=arguments.dtype, max_model_len=arguments.max_model_len, **sizes)
+        llm = LLM.from_config(
+            raw, dtype=arguments.dtype, max_model_len=arguments.max_model_len, **_devices(arguments), **sizes
+        )
     with llm:
+        if llm.follow():
+            return 0
         if length > llm.engine.max_model_len:
             raise ValueError(
                 f"--prompt-len {arguments.prompt_len} + --output-len {arguments.output_len} exceed "
@@ -257,8 +317,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     names = (
-        "max_num_seqs", "max_num_batched_tokens", "num_pages", "tensor_parallel_size", "sequence_parallel_size",
-        "kv_cache_dtype",
+        "max_num_seqs", "max_num_batched_tokens", "num_pages", "kv_cache_dtype",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names}
 
@@ -272,12 +331,14 @@ def _batch(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--shard {arguments.shard} must look like 0/4: this process's number and how many there are"
         )
-    if not arguments.input.is_file():
+    if not arguments.input.is_file() and not arguments.follows:
         raise ValueError(
             f"the input {arguments.input} is not a file; give a JSONL file with a request a line"
         )
     show = not arguments.no_progress
     with _open(arguments, progress=show, **_sizes(arguments)) as llm:
+        if llm.follow():
+            return 0
         try:
             summary = run_batch(
                 llm, arguments.input, arguments.output, seed=arguments.seed, progress=show,
@@ -293,9 +354,11 @@ def _batch(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     from .server import EXTRA, need, serve
 
-    for name in EXTRA:  # before the model is loaded
+    for name in () if arguments.follows else EXTRA:  # before the model is loaded
         need(name)
     with _open(arguments, **_sizes(arguments)) as llm:
+        if llm.follow():
+            return 0
         serve(
             llm, host=arguments.host, port=arguments.port, api_key=arguments.api_key or os.environ.get(API_KEY),
             max_body_bytes=arguments.max_body_bytes, max_waiting=arguments.max_waiting,

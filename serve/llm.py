@@ -170,8 +170,8 @@ class LLM:
 
         until, one a prompt: a function that is told of the prompt's samples that ended in a step (`serve.request`,
         in order of their indices); when it returns True the prompt's other samples end at once, with finish_reason
-        "abort". `serve.search` has searches made of it. gangs, one a prompt or None: its samples run in lock-step, as the
-        beams of a search do (`serve.gang`).
+        "abort". `serve.search` has searches made of it. gangs, one a prompt or None: its samples run in
+        lock-step, as the beams of a search do (`serve.gang`).
         """
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts is a {type(prompts).__name__}; give a prompt or a list of prompts")
@@ -188,6 +188,8 @@ class LLM:
             )
         ranks = each(priority, 0, len(items), "priority", int)
         tenants = each(tenant, None, len(items), "tenant", str)
+        if gangs is not None and self.group is not None:
+            raise ValueError(f"searches in lock-step run in one process, and {self.group.count} share this model")
         if until is not None and len(until) != len(items):
             raise ValueError(f"{len(items)} prompts came with {len(until)} functions `until`; give one each")
         requests: list[Request] = []

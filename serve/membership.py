@@ -11,7 +11,7 @@ from typing import Any
 
 import flax
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from .. import __version__
@@ -43,7 +43,7 @@ def meet(build: Build, **more: Any) -> Group | None:
     settings = {
         field.name: getattr(build, field.name) for field in fields(build) if field.name not in HOST_ONLY
     }
-    versions = {"tokenloom": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    versions = {"tokenloom": __version__, "jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
     versions |= {"flax": flax.__version__, "numpy": np.__version__}
     devices = {"device": jax.local_devices()[0].device_kind, "devices a process": jax.local_device_count()}
     flags = {name: getattr(jax.config, name) for name in JAX_SETTINGS}

@@ -371,7 +371,7 @@ def _enter(index: int) -> tuple[dict[int, Wire], float]:
 
 def _coordinator() -> str:
     """The name of process 0's host."""
-    return distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
+    return (distributed.global_state.coordinator_address or "").rpartition(":")[0].strip("[]")
 
 
 def _differences(mine: Mapping[str, str], other: int, theirs: Mapping[str, str]) -> str:

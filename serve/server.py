@@ -145,7 +145,8 @@ class Service:
 
     async def health(self, request: Request) -> Response:
         """200 while the engine works, 503 after it failed."""
-        failure = self.driver.failure
+        group = self.llm.group
+        failure = self.driver.failure or (None if group is None else group.lost)
         return _json(
             {"status": "ok" if failure is None else f"failed: {failure}"}, 200 if failure is None else 503
         )
