@@ -68,7 +68,8 @@ class Wire:
     def __init__(self, connection: socket.socket, timeout: float):
         self._socket, self._sending = connection, threading.Lock()
         connection.settimeout(timeout)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, payload: bytes) -> None:
         """Send a frame; OSError (a TimeoutError, too) when the other side does not take it."""
