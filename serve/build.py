@@ -30,11 +30,13 @@ from ..sharding.spreading import Spreading
 from .bounds import Bounds
 from .buckets import BucketPlan
 from .cache_rules import check_model, check_settings, hold, no_prefix_cache
+from .compiled import Compiler, specs
 from .depth_rules import check_depth
 from .drafters.controller import Controller
 from .drafters.draft import Drafter, Target
 from .drafters.speculation import Speculation, check_drafter
 from .engine import Engine
+from .fingerprint import devices_of, engine_facts
 from .pages import PageAllocator
 from .policies.policy import Policy
 from .programs import Programs
@@ -71,6 +73,7 @@ class Build:
     prefix_cache: bool | None = None
     policy: Policy | None = None
     telemetry: Telemetry | None = None
+    compiled: str | Path | None = None
     overlap: bool | None = None
     attention_backend: str | None = None
     kv_cache_dtype: str | None = None
@@ -273,8 +276,6 @@ def build_engine(
 ) -> tuple[ModelConfig, Engine]:  # fmt: skip
     """An engine with its programs not yet compiled, and the config it runs."""
     use_compilation_cache()
-    if numerics.platform == "cpu":
-        try_forms(params)
     cache = build.cache
     length = choose_length(config, build.max_model_len, cache)
     config = with_length(config, cache.longest(length))
@@ -302,24 +303,35 @@ def build_engine(
         stored, width,
     )  # fmt: skip
     empty = partial(make_state, config, capacity, period, cache)
-    state = jax.jit(empty, out_shardings=None if place is None else place.state(jax.eval_shape(empty)))()
+    spec = jax.eval_shape(empty)
+    sampler = Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED)
+    mesh = None if place is None else place.mesh
+    devices = devices_of(mesh)
+    facts = partial(
+        engine_facts, devices, config, numerics, build, capacity, length=length, budget=budget, mesh=mesh,
+        sampler=sampler, params=specs(params), state=spec,
+    )  # fmt: skip
+    compiler = Compiler(devices, facts, build.compiled, build.strict)
+    if numerics.platform == "cpu" and compiler.artefact is None:
+        try_forms(params)
+    state = compiler.start("state", empty, None if place is None else place.state(spec))
     off = check_depth(config, cache, build.drafter, build.prefix_cache) or no_prefix_cache(
         cache, build.prefix_cache, length=length, page_size=page_size, recurrent=config.recurrent,
         snapshots=snapshots,
     )  # fmt: skip
     copies = Snapshots(snapshots, page_size) if snapshots and off is None else None
     pages = PageAllocator(num_pages, page_size, off=off, snapshots=copies, hold=hold(cache.abilities))
-    sampler = Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED)
     speculation = None
     if build.drafter is not None:
         check_drafter(build.drafter, cache, config, devices=build.devices)
         speculation = Speculation(
-            build.drafter, Target(config, numerics, tokenizer, capacity, length), build.controller
+            build.drafter, Target(config, numerics, tokenizer, capacity, length, compiler), build.controller
         )
         sampler = speculation.sampler(sampler, length + slack)
     programs = make_programs(
         graphdef, params, state, sampler,
         BucketPlan.make(build.max_num_seqs, budget),
+        compiler=compiler,
         page_size=page_size, width=width, period=period, strict=build.strict,
         whole=None if place is None else place.whole, speculation=speculation, spreading=spreading,
     )  # fmt: skip

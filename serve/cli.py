@@ -1,4 +1,4 @@
-"""The command line: generate, chat, info, bench, tune, plan, batch, serve, watch, timeline."""
+"""The command line: generate, chat, info, bench, tune, plan, compile, batch, serve, watch, timeline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import compile_command
 from .planner.command import add_command
 
 API_KEY = "TOKENLOOM_API_KEY"
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
     _tune_options(commands)
     add_command(commands)
+    compile_command.add_command(commands, _engine_options, _split_options)
     _batch_options(commands)
     _serve_options(commands)
     _telemetry_options(commands)
@@ -119,6 +121,7 @@ def _serve_options(commands: Any) -> None:
     serve.add_argument("model", nargs="?", default="demo", help="a folder, a hub name, or demo (the default)")
     serve.add_argument("--dtype", help="dtype of the stored weights; default: what suits the device")
     serve.add_argument("--max-model-len", type=int)
+    compile_command.compiled_option(serve)
     _size_options(serve)
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000, help="0: a free one, printed when the server is up")
@@ -143,25 +146,33 @@ def _telemetry_options(commands: Any) -> None:
 
 
 def _size_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-num-seqs", type=int, default=8, help="sequences that run at once")
-    command.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
-    command.add_argument(
-        "--num-pages", type=int, help="pages of the KV pool; default: what the memory allows"
-    )
+    _engine_options(command)
     _device_options(command)
-    command.add_argument("--kv-cache-dtype", help="how keys and values are stored, such as int8 or fp8")
     command.add_argument(
         "--served-model-name", action="append", default=[], help="what requests may call it; may be repeated"
     )
 
 
-def _device_options(command: argparse.ArgumentParser) -> None:
+def _engine_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-num-seqs", type=int, default=8, help="sequences that run at once")
+    command.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
+    command.add_argument(
+        "--num-pages", type=int, help="pages of the KV pool; default: what the memory allows"
+    )
+    command.add_argument("--kv-cache-dtype", help="how keys and values are stored, such as int8 or fp8")
+
+
+def _split_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="devices to split the model over"
     )
     command.add_argument(
         "--sequence-parallel-size", type=int, default=1, help="devices to split each text over"
     )
+
+
+def _device_options(command: argparse.ArgumentParser) -> None:
+    _split_options(command)
     command.set_defaults(follows=False)
     several = command.add_argument_group(
         "several processes or hosts",
@@ -205,6 +216,7 @@ def _together(arguments: argparse.Namespace) -> int:
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
+    compile_command.compiled_option(command)
     command.add_argument("--model", default="demo", help="a folder, a hub name, or demo (the default)")
     command.add_argument("--dtype", help="dtype of the stored weights; default: what suits the device")
     command.add_argument("--max-model-len", type=int)
@@ -214,12 +226,9 @@ def _open(arguments: argparse.Namespace, **settings: Any):
     from .llm import LLM
 
     return LLM(
-        arguments.model,
-        dtype=arguments.dtype,
-        max_model_len=arguments.max_model_len,
-        **_devices(arguments),
-        **settings,
-    )
+        arguments.model, dtype=arguments.dtype, max_model_len=arguments.max_model_len,
+        compiled=arguments.compiled, **_devices(arguments), **settings,
+    )  # fmt: skip
 
 
 def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -241,7 +250,7 @@ def _stream(arguments: argparse.Namespace, prompt: Any) -> int:
         max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p,
         top_k=arguments.top_k, seed=arguments.seed, stop=arguments.stop,
     )  # fmt: skip
-    with _open(arguments, max_num_seqs=1, max_num_batched_tokens=256) as llm:
+    with _open(arguments, **compile_command.request_sizes(arguments.compiled)) as llm:
         if llm.follow():
             return 0
         started = time.perf_counter()
@@ -286,8 +295,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     else:
         raw = json.loads(arguments.config.read_text())
         llm = LLM.from_config(
-            raw, dtype=arguments.dtype, max_model_len=arguments.max_model_len, **_devices(arguments), **sizes
-        )
+            raw, dtype=arguments.dtype, max_model_len=arguments.max_model_len, compiled=arguments.compiled,
+            **_devices(arguments), **sizes,
+        )  # fmt: skip
     with llm:
         if llm.follow():
             return 0

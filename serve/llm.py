@@ -88,6 +88,9 @@ class LLM:
         transforms: what changes the model before it runs (`model.transforms`): Int8(), Int4(), Fp8() and others, in
             order. `save` records them, and the saved checkpoint opens as it is.
         calibration: texts or lists of token ids that transforms look at, where they need any.
+        compiled: a folder that `save_compiled` or `tokenloom compile` wrote, of programs for this model, these settings
+            and this kind of device: nothing is compiled then. What does not suit is named, in a warning before it
+            compiles after all, or with `strict` as an error. The folder holds code: name only one that you trust.
         skip_tokenizer_init: load no tokenizer; prompts are token ids then.
         progress: show progress bars (loading, compiling, generating).
 
@@ -107,6 +110,7 @@ class LLM:
         sequence_parallel_form: Form | None = None, cache: CachePolicy | None = None,
         transforms: Sequence[Transform] = (), drafter: Drafter | None = None, controller: Controller | None = None,
         calibration: Sequence[str | Sequence[int]] | None = None,
+        compiled: str | Path | None = None,
     ):  # fmt: skip
         build = Build(
             max_model_len=max_model_len, max_num_seqs=max_num_seqs,
@@ -116,7 +120,7 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size, sequence_parallel_size=sequence_parallel_size,
             sequence_parallel_form=sequence_parallel_form,
             bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
-            controller=controller,
+            controller=controller, compiled=compiled,
         )  # fmt: skip
         self.group = meet(build, dtype=dtype, transforms=tuple(transforms))
         with together(self.group):
@@ -382,6 +386,18 @@ class LLM:
         params = programs.params if programs.period is None else unstack(programs.params, programs.period)
         metadata = self.transforms.metadata()
         checkpoint.save_orbax(path, params, self.config, metadata=metadata, tokenizer_from=self.folder)
+
+    def save_compiled(self, path: str | Path) -> None:
+        """Write the engine's programs, without weights, to a new folder: `LLM(model, compiled=path)` with the same
+        settings then compiles nothing. They serve the same versions and the same kind of device only. All are compiled
+        anew for it (what JAX's cache gave cannot be written); `tokenloom compile` does that alone.
+
+        ValueError when the folder exists already, and where several processes share the model.
+        """
+        self._check_open()
+        if self.group is not None:
+            raise ValueError("several processes share this model; write the programs of one process's engine")
+        self.engine.programs.save(path, self.progress)
 
     def __enter__(self) -> Self:
         return self

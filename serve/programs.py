@@ -7,19 +7,17 @@ samples. So programs are a sum and not a product. Backbones are one function key
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm.auto import tqdm
 
 from ..attention.batch import Shape, descriptor_size, unpack
 from ..attention.caches.recurrent import RecurrentState
@@ -27,6 +25,7 @@ from ..attention.spread import plain, spread
 from ..sharding.spreading import Spreading
 from .buckets import BucketPlan
 from .compilations import Compilations
+from .compiled import Compiler, Job, specs
 from .drafters.draft import DraftShape
 from .drafters.speculation import Speculation
 from .sampling.params import SamplingParams
@@ -118,21 +117,21 @@ class Programs:
         self, graphdef: nnx.GraphDef, params: Any, state: tuple, sampler: Sampler, plan: BucketPlan, *,
         page_size: int, width: int, period: int | None = None, strict: bool = False,
         whole: jax.sharding.Sharding | None = None, speculation: Speculation | None = None,
-        spreading: Spreading | None = None,
+        spreading: Spreading | None = None, compiler: Compiler | None = None,
     ):  # fmt: skip
         """`whole`: on a mesh, the sharding of what is replicated: all but params and state."""
         self.graphdef, self.params, self.state = graphdef, params, state
         self.sampler, self.plan, self.speculation, self.spreading = sampler, plan, speculation, spreading
         self.page_size, self.width, self.period = page_size, width, period
-        self.whole, self.sampler_state = whole, sampler.start(whole)
+        self.compiler = compiler or Compiler()
+        self.whole, self.sampler_state = whole, sampler.start(self.compiler, whole)
         self.compiled: dict[Any, Any] = {}
         self.compilations = Compilations(strict, str(plan))
 
-    def _jobs(self) -> dict[Any, Callable[[], Any]]:
-        """Key -> a function that lowers that program."""
+    def _jobs(self) -> dict[Any, Job]:
+        """The programs by key."""
         plan, hidden = self.plan, jax.eval_shape(self._hidden, self.params)
-        spec = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding))
-        params, state, sampler_state = spec(self.params), spec(self.state), spec(self.sampler_state)
+        params, state, sampler_state = specs(self.params), specs(self.state), specs(self.sampler_state)
         given = partial(jax.ShapeDtypeStruct, sharding=self.whole)
         row = jax.tree.map(
             lambda a: given(a.shape, a.dtype), self.sampler.row(SamplingParams(), prompt_ids=[0])
@@ -146,12 +145,12 @@ class Programs:
             function = jax.named_scope(name)(function)  # in traces: the program and its operations
             function.__name__ = name
             placed = {} if self.whole is None else {"out_shardings": out}
-            return lambda: jax.jit(function, donate_argnums=donate, **placed).lower(*args)
+            return Job(jax.jit(function, donate_argnums=donate, **placed), args)
 
         def places(specs: tuple) -> tuple:
             return jax.tree.map(lambda spec: spec.sharding, specs)
 
-        jobs: dict[Any, Callable[[], Any]] = {}
+        jobs: dict[Any, Job] = {}
         for shape in plan.backbones():
             run = backbone(self.graphdef, shape, self.width, self.page_size, plan.chunks[-1], self.spreading)
             packed = ints((descriptor_size(shape, self.width),))
@@ -176,7 +175,7 @@ class Programs:
             jobs["mask", rows] = build("mask", run, (0,), sampler_state, ints((rows,)), masks)
         jobs["admit"] = build("admit", self.sampler.admit, (0,), sampler_state, ints(()), row)
         if self.speculation is not None:
-            jobs |= self.speculation.jobs(self, build, spec, ints, places(state))
+            jobs |= self.speculation.jobs(self, build, specs, ints, places(state))
         return jobs
 
     def _hidden(self, params: Any) -> jax.Array:
@@ -184,14 +183,12 @@ class Programs:
         return model.normalise(jnp.zeros((1, model.config.hidden_size), model.numerics.dtype))
 
     def compile(self, progress: bool = True) -> None:
-        """Compile the whole grid in parallel threads."""
-        jobs = self._jobs()
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            futures = {key: pool.submit(lambda job: job().compile(), job) for key, job in jobs.items()}
-            keys: Iterable[Any] = tqdm(
-                futures, "compiling", unit="program", leave=False, disable=not progress
-            )
-            self.compiled = {key: futures[key].result() for key in keys}
+        """Make the whole grid, in parallel threads."""
+        self.compiled = self.compiler.compile(self._jobs(), progress)
+
+    def save(self, folder: str | Path, progress: bool = True) -> Path:
+        """Compile the whole grid anew and write it to a new folder, for engines that start on it."""
+        return self.compiler.save(folder, self._jobs(), progress)
 
     @staticmethod
     def _recurrent(state: tuple) -> tuple:

@@ -80,7 +80,7 @@ def test_settings_are_checked():
     ):
         with pytest.raises(ValueError, match=words):
             make()
-    target = Target(llama(), None, None, None, 64)  # type: ignore[arg-type]
+    target = Target(llama(), None, None, None, 64, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="301 siblings, but the vocabulary has 300"):
         RSDS(llama(), width=301).open(target)
     assert RSDS(width=1).shapes[0].chain and not RSDS(width=2).shapes[0].chain

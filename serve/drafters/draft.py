@@ -19,7 +19,7 @@ from ...attention.caches.policy import Capacity
 from ...model.config import ModelConfig
 from ...model.decoder import Decoder
 from ...model.layers import Numerics
-from ..sampling.sampler import Sampled, Sampler, SamplerState
+from ..sampling.sampler import Sampled, Sampler, SamplerState, Starter
 from ..tokenizer import Tokenizer
 
 
@@ -104,13 +104,14 @@ class Accepted:
 @dataclass(frozen=True)
 class Target:
     """What a drafter must know of the model that it drafts for, before any program exists; texts have at most `length`
-    tokens."""
+    tokens. `compiler` makes the drafter's first arrays."""
 
     config: ModelConfig
     numerics: Numerics
     tokenizer: Tokenizer | None
     capacity: Capacity
     length: int
+    compiler: Starter
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ...model import checkpoint
 from ...model.config import AttentionConfig, ModelConfig
 from ...model.stacked import lay_out
 from ...model.state import make_state
+from ..fingerprint import digest
 from ..sampling.keys import Purpose
 from ..sampling.sampler import Sampler, SamplerState
 from ..tokenizer import Tokenizer
@@ -79,7 +80,10 @@ def open_model(model: str | Path | ModelConfig, seed: int, target: Target) -> tu
         else checkpoint.load(folder, config, numerics)
     )
     graphdef, params, period = lay_out(config, numerics, params)
-    return graphdef, params, jax.jit(lambda: make_state(config, target.capacity, period))()
+    # Programs of another draft model are not taken for this one's.
+    key = f"draft_{digest([repr(config)])[:16]}"
+    state = target.compiler.start(key, lambda: make_state(config, target.capacity, period))
+    return graphdef, params, state
 
 
 def _check(config: ModelConfig, folder: Path | None, target: Target) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ...attention.batch import Batch
@@ -118,7 +119,7 @@ class OpenedDEL:
     def __init__(self, settings: DEL, exits: tuple[int, ...], layers: int, seats: int, verifier: Verifier):
         self.settings, self.taps, self.layers = settings, exits, layers
         self.seats, self.verifier, self.params = seats, verifier, {}
-        self.state = Statistics(*(jnp.zeros((len(exits),)) for _ in range(4)))
+        self.state = Statistics(*(jax.device_put(np.zeros(len(exits), np.float32)) for _ in range(4)))
 
     def follow(self, params: Any, state: Statistics, batch: Batch) -> Statistics:
         return state

@@ -89,7 +89,7 @@ class OpenedTokenRecycling:
 
     def __init__(self, settings: TokenRecycling, vocab: int):
         self.settings, self.params = settings, {}
-        self.state = jnp.zeros((vocab, settings.candidates), jnp.int32)
+        self.state = jax.device_put(np.zeros((vocab, settings.candidates), np.int32))
         self.parents, self.ranks = template(
             settings.nodes, settings.candidates, settings.depth, settings.fall
         )

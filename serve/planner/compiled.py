@@ -13,7 +13,7 @@ import jax
 
 from ...attention.batch import Shape
 from ..programs import Programs
-from ..sampling.sampler import Sampler, SamplerState
+from ..sampling.sampler import Sampler, SamplerState, Starter
 from .floors import Work, backbone_work, head_work
 from .memory import Case
 from .schedule import Collective, collectives
@@ -45,7 +45,7 @@ class Program:
 class PlannedSampler(Sampler):
     """A sampler whose state has shapes and places, but no numbers."""
 
-    def start(self, sharding: jax.sharding.Sharding | None) -> SamplerState:
+    def start(self, compiler: Starter, sharding: jax.sharding.Sharding | None) -> SamplerState:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             jax.eval_shape(self.init),

@@ -5,10 +5,10 @@ Nothing is sorted, and one uniform number a row is drawn instead of noise as wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,14 @@ def read(detail: np.ndarray) -> Scores:
     return Scores(floats[:, 0], detail[:, 1], detail[:, 2 : 2 + K], floats[:, 2 + K :])
 
 
+class Starter(Protocol):
+    """Makes the first arrays of an engine (`serve.compiled.Compiler`)."""
+
+    def start(self, key: Any, function: Callable[[], Any], shardings: Any = None) -> Any:
+        """What `function` makes, on its devices, by a program with this name."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Settings of the sampler; all methods are pure. `seats` is S = max_num_seqs; V = `vocab_size`."""
@@ -164,9 +172,9 @@ class Sampler:
             processors=tuple(p.init(self.seats, self.vocab_size) for p in self.processors),
         )
 
-    def start(self, sharding: jax.sharding.Sharding | None) -> SamplerState:
+    def start(self, compiler: Starter, sharding: jax.sharding.Sharding | None) -> SamplerState:
         """`init` on its devices."""
-        return jax.jit(self.init, out_shardings=sharding)()
+        return compiler.start("sampler", self.init, sharding)
 
     def row(
         self,
