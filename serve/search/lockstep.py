@@ -169,22 +169,23 @@ def compile_programs(programs: Programs, beams: int, groups: int) -> None:
         return jax.jit(function, donate_argnums=donate, **placed).lower(*args).compile()
 
     x = jax.eval_shape(programs._hidden, programs.params)
-    example = jax.tree.map(lambda a: given(a.shape, a.dtype), blank(beams, groups))
-    programs.compiled[Key("select", beams, groups)] = build(
-        select(programs.graphdef, programs.sampler), (1,), spec(programs.params), spec(programs.sampler_state),
-        given((beams, *x.shape[1:]), x.dtype), example,
-    )  # fmt: skip
-    if Key("copy", beams) in programs.compiled:
-        return
     rows, state = given((beams,), jnp.int32), spec(programs.state)
-    layers = tuple(entry.layers for entry in programs.state)
-    programs.compiled[Key("copy", beams)] = build(
-        partial(copy_pages, layers=layers), (0,), state, rows, rows,
-        out=jax.tree.map(lambda a: a.sharding, state),
-    )  # fmt: skip
+    copying = partial(copy_pages, layers=tuple(entry.layers for entry in programs.state))
+    made = {
+        Key("select", beams, groups): build(
+            select(programs.graphdef, programs.sampler), (1,), spec(programs.params), spec(programs.sampler_state),
+            given((beams, *x.shape[1:]), x.dtype),
+            jax.tree.map(lambda a: given(a.shape, a.dtype), blank(beams, groups)),
+        ),
+        Key("copy", beams): build(
+            copying, (0,), state, rows, rows, out=jax.tree.map(lambda a: a.sharding, state)
+        ),
+    }  # fmt: skip
     for count in programs.plan.heads():
-        wide = given((count, *x.shape[1:]), x.dtype)
-        programs.compiled[Key("rows", beams, rows=count)] = build(take_rows, (), wide, rows)
+        made[Key("rows", beams, rows=count)] = build(
+            take_rows, (), given((count, *x.shape[1:]), x.dtype), rows
+        )
+    programs.compiled |= made
 
 
 def blank(beams: int, groups: int) -> Given:
