@@ -38,6 +38,11 @@ def meet(build: Build, **more: Any) -> Group | None:
     """
     if jax.process_count() == 1:
         return None
+    if build.compiled is not None:
+        raise ValueError(
+            f"compiled={str(build.compiled)!r} holds the programs of one process, and this is one of "
+            f"{jax.process_count()}: leave it out"
+        )
     _check_devices(build.devices)
     group = Group.join()
     settings = {

@@ -162,7 +162,8 @@ def test_more_room_holds_more():
 def test_a_plan_in_numbers():
     report = tokenloom.plan("meta-llama/Llama-3.1-70B", "v5e-16", compile=False)
     assert report.fits and report.plan == "tensor=16" and report.slice.name == "v5e:4x4"
-    assert not report.runs and any("2 hosts" in note for note in report.notes)
+    assert report.runs and any("2 hosts: run the same script on each" in note for note in report.notes)
+    assert not tokenloom.plan("meta-llama/Llama-3.1-8B", "v5e-16", plan="data=2", compile=False).runs
     assert any("2 devices repeat the keys" in note for note in report.notes)
     # 80 layers x 8 KV heads x 128 x 2 x 2 bytes; of them a device has one head.
     assert report.room.kv_bytes_per_token == 327_680 == 8 * report.room.kv_bytes_per_token_per_device

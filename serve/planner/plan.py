@@ -150,7 +150,7 @@ def _report(name: str, case: Case, dtype: str | None, automatic: bool) -> Report
 
 
 def _runs(case: Case) -> bool:
-    return not case.division.experts and case.topology.hosts == 1
+    return not case.division.experts and (case.topology.hosts == 1 or case.division.data == 1)
 
 
 def _alternative(case: Case) -> Alternative:
@@ -177,10 +177,15 @@ def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
         )
     if case.division.experts:
         notes.append("planned only: the engine has no plan that keeps experts whole on their devices")
-    if case.topology.hosts > 1:
+    if case.topology.hosts > 1 and case.division.data > 1:
         notes.append(
-            f"planned only: {case.topology} spans {case.topology.hosts} hosts, and an engine runs on the devices of "
-            f"one process"
+            f"planned only: {case.topology} spans {case.topology.hosts} hosts, which together run one replica, not "
+            f"{case.division.data}"
+        )
+    elif case.topology.hosts > 1:
+        notes.append(
+            f"{case.topology} spans {case.topology.hosts} hosts: run the same script on each (tokenloom.initialize, or "
+            f"--coordinator auto on the command line)"
         )
     if case.kv_bytes and case.fits and case.default_pages < case.pages:
         notes.append(
