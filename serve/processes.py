@@ -31,7 +31,8 @@ EXIT_CODE = 70
 EXPLAIN_SECONDS = 2.0
 GRACE_SECONDS = 5.0
 LEAVE_SECONDS = 300
-CHANNEL, TIMEOUT_KEY, END = "tokenloom/channel", "tokenloom/timeout", "tokenloom/end"
+CHANNEL, TIMEOUT_KEY = "tokenloom/channel", "tokenloom/timeout"
+END, LOST = "tokenloom/end", "tokenloom/lost"
 
 
 class ProcessLost(RuntimeError):
@@ -82,16 +83,23 @@ def initialize(
     atexit.register(_leave)
 
 
-def _leave() -> None:
+def _leave(barrier: str = END, seconds: float = LEAVE_SECONDS) -> None:
     """At exit wait for the others: JAX ends a process whose coordinator, which lives in process 0, is gone."""
     client = distributed.global_state.client
     if client is not None:
         try:
-            client.wait_at_barrier(END, 1000 * LEAVE_SECONDS)
+            client.wait_at_barrier(barrier, int(1000 * seconds))
             if jax.process_index() == 0:  # returns when all others have left
                 client.get_live_nodes(list(range(jax.process_count())))
         except jax.errors.JaxRuntimeError as error:
-            print(f"tokenloom: not all processes came to their end: {error}", file=sys.stderr)
+            if barrier == END:
+                print(f"tokenloom: not all processes came to their end: {error}", file=sys.stderr)
+
+
+def _leave_soon() -> None:
+    """Wait at exit for those that are left to say what they have to say, no longer."""
+    atexit.unregister(_leave)
+    atexit.register(_leave, LOST, GRACE_SECONDS)
 
 
 def _client() -> Any:
@@ -235,6 +243,7 @@ class Group:
             self.ended = True
             self.lost = f"process {self.index} of {self.count}, this one, failed ({error}); start all again"
             reason = f"failed ({type(error).__name__}: {str(error)[:2000]})"
+            _leave_soon()
             self._tell(Message("failed", {"process": self.index, "reason": reason}))
             self.close()
 
@@ -250,7 +259,7 @@ class Group:
             )
         self._gone.set()
         print(f"tokenloom: {self.lost}", file=sys.stderr, flush=True)
-        atexit.unregister(_leave)
+        _leave_soon()
         self._tell(Message("failed", {"process": process, "reason": reason}))
         for inbox in self._inboxes.values():
             inbox.put(None)

@@ -80,6 +80,10 @@ try:
     LLM(small(), tensor_parallel_size=1, **SIZES)
 except ValueError as error:
     say("refused:", error)
+try:
+    LLM("/not/a/folder" if index else small(), tensor_parallel_size=2, **SIZES)
+except (ValueError, tokenloom.ProcessLost) as error:
+    say("failed:", error)
 """
 
 STUCK = """
@@ -241,6 +245,8 @@ def test_settings_that_differ_are_named(tmp_path):
         )
         assert "does not take the same number from each of 2 processes" in devices, errors
         assert "split it over all 2" in devices and code == 0, errors
+    (there,), (here,) = lines(found[1][1], "failed:"), lines(found[0][1], "failed:")
+    assert "/not/a/folder" in there and "process 1 of 2 failed (ValueError: there is no folder" in here
 
 
 def test_a_process_that_waits_for_a_lost_one_is_ended():
