@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .serve.drafters.smart_spec import SmartSpec
     from .serve.drafters.spectr import SpecTr
     from .serve.drafters.token_recycling import TokenRecycling
+    from .serve.joining import ProcessLost, initialize
     from .serve.llm import LLM
     from .serve.outputs import CompletionOutput, RequestOutput
     from .serve.planner.plan import plan
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from .serve.policies.priority import Priority
     from .serve.policies.sarathi import SarathiServe
     from .serve.policies.split_fuse import SplitFuse
-    from .serve.processes import ProcessLost, initialize
     from .serve.repetition import RepetitionDetectionParams
     from .serve.sampling.params import SamplingParams
     from .serve.sampling.structured import StructuredOutputs
@@ -66,8 +66,8 @@ _HOMES = {
     "StructuredOutputs": "serve.sampling.structured",
     "plan": "serve.planner.plan",
     "QueueFull": "serve.bounds",
-    "initialize": "serve.processes",
-    "ProcessLost": "serve.processes",
+    "initialize": "serve.joining",
+    "ProcessLost": "serve.joining",
     "SarathiServe": "serve.policies.sarathi",
     "SplitFuse": "serve.policies.split_fuse",
     "PrefillFirst": "serve.policies.prefill_first",

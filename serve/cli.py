@@ -203,7 +203,8 @@ def _together(arguments: argparse.Namespace) -> int:
     """Run a command as one of several processes."""
     import jax
 
-    from .processes import EXIT_CODE, ProcessLost, initialize
+    from .joining import ProcessLost, initialize
+    from .processes import EXIT_CODE
 
     where = arguments.coordinator, arguments.num_processes, arguments.process_id
     initialize(*(where if where[0] != "auto" else ()), timeout=arguments.process_timeout)

@@ -21,7 +21,8 @@ from ..attention.batch import Shape
 from .channel import Message
 from .compilations import Compilations
 from .drafters.draft import DraftShape
-from .processes import Group, ProcessLost
+from .joining import ProcessLost
+from .processes import Group
 from .programs import Programs
 from .sampling.sampler import Sampled
 from .weights import Weights
