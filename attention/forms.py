@@ -8,16 +8,16 @@
     "token_ring"  tokens are spread; queries travel one way and results the other, stored keys stay
 
 Seconds of a layer, with C prompt tokens over N devices, c = C/N, P tokens stored before, Hq query and Hkv KV heads of
-D numbers of w bytes, F operations and L link bytes a second, and t seconds for a transfer to start. A transfer takes
+D numbers of w bytes, F operations, M memory and L link bytes a second, and t seconds for a transfer to start. It takes
 keys = 2*c*Hkv*D*w / L, queries = c*Hq*D*w / L, results = c*Hq*4*(D+1) / L (N/4 times that, where they cross a ring of
 links); scores cost fresh = 4*Hq*D*C*(C/2) / (N*F) and before = 4*Hq*D*C*P / (N*F), the layer's own products
-own = 2*parameters*C / F:
+on n tokens own(n) = max(2*parameters*n / F, parameters*w / M):
 
     travel(x)   (N-1) * max(t + max(queries, results), x/N) + x/N + t + results
-    whole       own + fresh + before + t + 2*(N-1)*results
-    gather      own/N + t + (N-1)*keys + 2*t + (N-1)*(queries + results) + fresh + before
-    ring        own/N + (N-1) * max(t + keys, fresh/N) + fresh/N, and travel(before) where P > 0
-    token_ring  own/N + t + (N-1)*keys + travel(fresh + before)
+    whole       own(C) + fresh + before + t + 2*(N-1)*results
+    gather      own(c) + t + (N-1)*keys + 2*t + (N-1)*(queries + results) + fresh + before
+    ring        own(c) + (N-1) * max(t + keys, fresh/N) + fresh/N, and travel(before) where P > 0
+    token_ring  own(c) + t + (N-1)*keys + travel(fresh + before)
 
 Where tokens are spread, the step's new keys and values reach the pages of all: on the ring as they pass, else by an
 all-gather of (N-1)*2*c*Hkv*D*w bytes.
@@ -42,11 +42,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speeds:
-    """A device: operations and link bytes a second (each way), and the seconds that a transfer takes to start.
+    """A device: operations, memory and link bytes (each way) a second, and the seconds that a transfer takes to start.
 
     torus: devices are linked in a ring, so what goes h places ahead crosses h links; else each is linked to each."""
 
     flops: float = 197e12
+    memory: float = 819e9
     link: float = 45e9
     start: float = 2e-6
     torus: bool = True
@@ -75,21 +76,24 @@ class Load:
         N, C, start = self.devices, self.tokens, speeds.start
         pairs = 4 * self.heads * self.head_dim * C / (N * speeds.flops)
         fresh, before = pairs * C / 2, pairs * self.stored
-        own = 2 * self.parameters * C / speeds.flops
         keys = 2 * C / N * self.kv_heads * self.head_dim * self.width / speeds.link
         queries = C / N * self.heads * self.head_dim * self.width / speeds.link
         results = C / N * self.heads * 4 * (self.head_dim + 1) / speeds.link
+
+        def own(tokens: float) -> float:
+            read = self.parameters * self.width / speeds.memory
+            return max(2 * self.parameters * tokens / speeds.flops, read)
 
         def travel(compute: float) -> float:
             across = results * (max(1.0, N / 4) if speeds.torus else 1.0)
             return (N - 1) * max(start + max(queries, across), compute / N) + compute / N + start + results
 
         if form == "whole":
-            return own + fresh + before + start + 2 * (N - 1) * results
+            return own(C) + fresh + before + start + 2 * (N - 1) * results
         if form == "ring":
             hops = (N - 1) * max(start + keys, fresh / N) + fresh / N
-            return own / N + hops + (travel(before) if self.stored else 0.0)
-        stores = own / N + start + (N - 1) * keys
+            return own(C / N) + hops + (travel(before) if self.stored else 0.0)
+        stores = own(C / N) + start + (N - 1) * keys
         if form == "token_ring":
             return stores + travel(fresh + before)
         return stores + 2 * start + (N - 1) * (queries + results) + fresh + before

@@ -17,10 +17,12 @@ class BucketPlan:
     prompt_rows: int
 
     @staticmethod
-    def make(max_num_seqs: int, max_num_batched_tokens: int) -> BucketPlan:
-        """Widths double from 1 to max_num_seqs, chunks from 32 to max_num_batched_tokens."""
+    def make(max_num_seqs: int, max_num_batched_tokens: int, parts: int = 1) -> BucketPlan:
+        """Widths double from 1 to max_num_seqs, chunks from 32 (64 for each of several `parts` that share a chunk) to
+        max_num_batched_tokens."""
         widths = [1 << i for i in range(max_num_seqs.bit_length()) if 1 << i < max_num_seqs] + [max_num_seqs]
-        chunks = [size for i in range(30) if (size := 32 << i) < max_num_batched_tokens]
+        least = 32 if parts == 1 else 64 * parts
+        chunks = [size for i in range(30) if (size := least << i) < max_num_batched_tokens]
         rows = min(max_num_seqs, max(4, max_num_batched_tokens // 64))
         return BucketPlan(max_num_seqs, tuple(widths), (*chunks, max_num_batched_tokens), rows)
 

@@ -330,7 +330,7 @@ def build_engine(
         sampler = speculation.sampler(sampler, length + slack)
     programs = make_programs(
         graphdef, params, state, sampler,
-        BucketPlan.make(build.max_num_seqs, budget),
+        BucketPlan.make(build.max_num_seqs, budget, build.sequence_parallel_size),
         compiler=compiler,
         page_size=page_size, width=width, period=period, strict=build.strict,
         whole=None if place is None else place.whole, speculation=speculation, spreading=spreading,

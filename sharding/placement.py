@@ -59,15 +59,18 @@ def needs_split(size: int, heads: Heads, limit: int, asked: str | None = None) -
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole -> the same on their shardings (None: the default device), where each
-    process makes only the parts of its own devices."""
+    """Arrays that every process has whole, or that lie on all processes' devices already -> the same on their
+    shardings (None: the default device). Each process makes only the parts of its own devices."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__),
-        tree,
-        shardings,
-    )
+
+    def one(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(one, tree, shardings)
 
 
 @dataclass(frozen=True)

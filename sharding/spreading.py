@@ -15,15 +15,17 @@ from ..attention.spread import spreads
 from .placement import Placement
 from .topology import GENERATIONS
 
-NVLINK, HERE = Speeds(990e12, 450e9, 5e-6, torus=False), Speeds(1e11, 5e9, 5e-5, torus=False)
-"""An H100 in its node (data sheet: dense bfloat16, NVLink one way), and devices that one CPU pretends to be."""
+NVLINK = Speeds(990e12, 3350e9, 450e9, 5e-6, torus=False)
+"""An H100 in its node (data sheet: dense bfloat16, HBM3, NVLink one way)."""
+HERE = Speeds(1e11, 2e10, 5e9, 5e-5, torus=False)
+"""Devices that one CPU pretends to be."""
 
 
 def speeds_of(device: Any) -> Speeds:
     """Arithmetic and links of a device, also of a compile-only one."""
     if device.platform == "tpu":
         found = next((one for one in GENERATIONS if one.kind == device.device_kind), GENERATIONS[1])
-        return Speeds(found.bf16 / found.devices, found.link_bandwidth)
+        return Speeds(found.bf16 / found.devices, found.bandwidth / found.devices, found.link_bandwidth)
     return HERE if device.platform == "cpu" else NVLINK
 
 

@@ -13,7 +13,9 @@ from tokenloom import LLM, SamplingParams
 from tokenloom.attention.batch import rectangle
 from tokenloom.attention.caches.recurrent import Stateless
 from tokenloom.attention.caches.uncached import Uncached
+from tokenloom.model import checkpoint
 from tokenloom.model.config import AttentionConfig
+from tokenloom.serve.build import choose_numerics
 from tokenloom.tests.shapes import ALL, LENGTH, VOCAB
 
 ROOMY = dict(max_num_seqs=4, max_num_batched_tokens=64, page_size=16)
@@ -31,9 +33,8 @@ def engine(shape: str, tight: bool = False) -> LLM:
 @cache
 def _whole(shape: str):
     """The plain model on one padded text: tokens i32[LENGTH] -> log-probabilities f32[LENGTH, V]."""
-    config = ALL[shape]()
-    programs = engine(shape).engine.programs
-    graphdef = programs.graphdef
+    config, numerics = ALL[shape](), choose_numerics(None, "float32")
+    graphdef, given = checkpoint.abstract(config, numerics)[0], checkpoint.random_params(config, numerics, 0)
     states = tuple(
         Uncached() if isinstance(block.mixer, AttentionConfig) else Stateless() for block in config.blocks
     )
@@ -45,7 +46,7 @@ def _whole(shape: str):
         x, _ = model.run(model.embed(batch.tokens, batch), states, batch, range(model.num_layers))
         return jax.nn.log_softmax(model.head(model.normalise(x)), axis=-1)
 
-    return lambda tokens: np.asarray(run(programs.params, jnp.asarray(tokens)))
+    return lambda tokens: np.asarray(run(given, jnp.asarray(tokens)))
 
 
 def whole(shape: str, tokens: list[int]) -> np.ndarray:

@@ -1,0 +1,223 @@
+"""Laws of texts that are split over devices, for a process that has several: `python -m tokenloom.tests.split_laws`.
+
+`layer`, `engine CASE...` and `long TOKENS CHUNK` print a line for each case that held; anything else is an error.
+`tests/test_sequence_parallel.py` runs them on devices that the CPU pretends to have.
+"""
+
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tokenloom import LLM
+from tokenloom.attention.batch import Batch, Shape, make_batch
+from tokenloom.attention.blockwise import Blockwise
+from tokenloom.attention.caches.paged import PagedKV
+from tokenloom.attention.caches.split import Split, SplitKV
+from tokenloom.attention.flat import Marks, flat
+from tokenloom.attention.forms import Spread
+from tokenloom.attention.ops import AttentionSpec, dense
+from tokenloom.attention.sequence import ring, token_ring
+from tokenloom.attention.spread import order, plain, spread
+from tokenloom.model.config import llama_config
+from tokenloom.tests.engines import check_against_whole, greedy, prompts, same_tokens
+from tokenloom.tests.shapes import ALL, LENGTH
+
+SPECS = {
+    "causal": AttentionSpec(0.3),
+    "window": AttentionSpec(0.3, window=19),
+    "capped": AttentionSpec(0.3, softcap=5.0),
+    "chunks": AttentionSpec(0.3, chunk=16),
+}
+B, R, C, PAGE, WIDTH, DIM = 8, 4, 64, 32, 4, 16
+
+
+def drawn(draw: np.random.Generator, shape: Shape, before: int) -> Batch:
+    """A ragged batch, some of its prompt rows behind up to `before` stored tokens."""
+    rows, used = shape.rows, draw.integers(shape.C // 2, shape.C + 1) if shape.C else 0
+    counts = np.diff(np.sort(draw.integers(0, used + 1, R - 1)), prepend=0, append=used) if shape.R else []
+    starts = draw.integers(0, PAGE * WIDTH - shape.C - 1, rows)
+    starts[shape.B :] = np.where(draw.random(shape.R) < 0.5, 0, np.minimum(starts[shape.B :], before))
+    lengths = starts + np.concatenate([np.ones(shape.B), counts]).astype(np.int64)
+    lengths[: shape.B][draw.random(shape.B) < 0.3] = 0
+    live = np.concatenate([lengths[: shape.B] > 0, np.asarray(counts) > 0])
+    lengths = lengths * live
+    table = draw.permutation(np.arange(1, rows * WIDTH + 1)).reshape(rows, WIDTH)
+    return make_batch(
+        shape, PAGE,
+        tokens=jnp.zeros(shape.T, jnp.int32), lengths=jnp.asarray(lengths, jnp.int32),
+        page_table=jnp.asarray(table, jnp.int32),
+        query_starts=jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        seats=jnp.arange(rows, dtype=jnp.int32),
+    )  # fmt: skip
+
+
+def filled(draw: np.random.Generator, pages: PagedKV) -> PagedKV:
+    """These pages with stored numbers everywhere."""
+
+    def one(x: jax.Array) -> jax.Array:
+        if x.dtype == jnp.int8:
+            return jnp.asarray(draw.integers(-127, 128, x.shape), jnp.int8)
+        return jnp.asarray(
+            draw.random(x.shape) / 100 if x.ndim == 3 else draw.standard_normal(x.shape), x.dtype
+        )
+
+    return jax.tree.map(one, pages)
+
+
+def layer(devices: int) -> None:
+    """One layer's split pages give what whole pages give: its outputs, and what it stores."""
+    mesh, draw = Mesh(np.array(jax.devices()[:devices]), ("seq",)), np.random.default_rng(0)
+    cases = [
+        (Shape(B, 1, 0, 0), None, "causal", "float32"),
+        (Shape(B, 1, 0, 0), None, "window", "int8"),
+        (Shape(0, 1, R, C), "ring", "causal", "float32"),
+        (Shape(B, 1, R, C), "ring", "window", "float32"),
+        (Shape(0, 1, R, C), "ring", "chunks", "int8"),
+        (Shape(B, 1, R, C), "token_ring", "capped", "float32"),
+        (Shape(0, 1, R, C), "gather", "window", "float32"),
+        (Shape(B, 1, R, C), None, "capped", "float32"),
+    ]  # fmt: skip
+    for shape, form, name, dtype in cases:
+        pages = PagedKV.empty(
+            shape.rows * WIDTH + 1, PAGE, 2, DIM, jnp.dtype(dtype), (Blockwise(query_block=16),)
+        )
+        whole, split = jax.jit(partial(PagedKV.attend, spec=SPECS[name])), Split(mesh)
+        cut = SplitKV(pages, split)
+        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cut.partition())
+        cut = jax.device_put(cut, places)
+
+        @jax.jit
+        def parted(cut, q, k, v, batch, shape=shape, form=form, name=name):
+            if form is not None:
+                there = order(shape, devices)
+                batch, q, k, v = spread(batch, Spread(devices, form)), q[there], k[there], v[there]
+            out, cut = cut.attend(q, k, v, batch, SPECS[name])
+            return (out if form is None else plain(out, shape, devices)), cut
+
+        for trial in range(3):
+            batch = drawn(draw, shape, before=40 * trial)
+            before = filled(draw, pages)
+            q = jnp.asarray(draw.standard_normal((shape.T, 4, DIM)), jnp.float32)
+            k, v = jnp.asarray(draw.standard_normal((2, shape.T, 2, DIM)), jnp.float32)
+            out, after = whole(before, q, k, v, batch)
+            got, new = parted(jax.device_put(SplitKV(before, split), places), q, k, v, batch)
+            live = np.asarray(batch.valid)
+            np.testing.assert_allclose(np.asarray(got)[live], np.asarray(out)[live], atol=1e-5, rtol=1e-5)
+            for mine, wanted in zip(jax.tree.leaves(new.pages), jax.tree.leaves(after)):
+                assert mine.addressable_shards[0].data.size * devices == wanted.size
+                off = np.abs(np.asarray(mine, np.float64) - np.asarray(wanted, np.float64))[1:]
+                assert off.max() <= (1 if wanted.dtype == jnp.int8 else 1e-6)
+        print("equal", shape.kind, form, name, dtype)
+
+
+def rings(devices: int) -> None:
+    """Keys that travel and queries that travel give what dense attention gives, lse too."""
+    mesh, draw = Mesh(np.array(jax.devices()[:devices]), ("seq",)), np.random.default_rng(1)
+    shape = Shape(0, 1, 1, 24 * devices)
+    there = order(shape, devices)
+    back = np.argsort(there)
+    for name, spec in {**SPECS, "full": AttentionSpec(0.3, causal=False)}.items():
+        rows = np.sort(draw.integers(0, 3, shape.C)).astype(np.int32)
+        positions = np.concatenate([np.arange(n) for n in np.bincount(rows, minlength=3)]).astype(np.int32)
+        positions[-5:] = -1
+        lengths = np.bincount(rows[:-5], minlength=3).astype(np.int32)[rows]
+        q, k, v = (draw.standard_normal((shape.C, heads, DIM)).astype(np.float32) for heads in (6, 2, 2))
+        marks = Marks(*(jnp.asarray(x[there].reshape(devices, -1)) for x in (rows, positions, lengths)))
+
+        def both(q, kv, spec=spec, marks=marks):
+            def of(index):
+                return jax.tree.map(lambda leaf: leaf[index], marks)
+
+            mine = of(jax.lax.axis_index("seq"))
+            by_keys = ring(kv, lambda kv, at: flat(q, kv[0], kv[1], mine, of(at), spec), "seq", devices)
+            by_queries = token_ring(
+                q, lambda q, at: flat(q, kv[0], kv[1], of(at), mine, spec), "seq", devices
+            )
+            return by_keys, by_queries
+
+        some = PartitionSpec("seq")
+        run = jax.shard_map(
+            both, mesh=mesh, in_specs=(some, PartitionSpec(None, "seq")), out_specs=some, check_vma=False
+        )
+        results = jax.jit(run)(q[there], np.stack([k[there], v[there]]))
+        for row in range(3):
+            here = (rows == row) & (positions >= 0)
+            out, lse = dense(q[here], k[here], v[here], positions[here], positions[here], spec)
+            for got, got_lse in results:
+                np.testing.assert_allclose(np.asarray(got)[back][here], out, atol=1e-5, rtol=1e-5)
+                np.testing.assert_allclose(np.asarray(got_lse)[back][here], lse, atol=1e-5, rtol=1e-5)
+        for got, got_lse in results:
+            assert np.isneginf(np.asarray(got_lse)[back][-5:]).all() and not np.asarray(got)[back][-5:].any()
+        print("equal", name)
+
+
+def engine(shape: str, sequence: int, tensor: int, form: str | None, **more) -> None:
+    """An engine whose texts are split generates what the plain model says: chunked, batched, cached, sampled."""
+    options = dict(
+        max_num_seqs=2, max_num_batched_tokens=32, page_size=16, max_model_len=LENGTH, progress=False
+    )
+    llm = LLM.from_config(
+        ALL[shape](), 0, strict=True, sequence_parallel_size=sequence, tensor_parallel_size=tensor,
+        sequence_parallel_form=form, **options, **more,
+    )  # fmt: skip
+    asked = prompts(4, 5, longest=70)
+    outputs = llm.generate(asked, greedy(8))
+    for output in outputs:
+        check_against_whole(shape, output)
+    for once, again in zip(outputs, llm.generate(asked, greedy(8))):
+        same_tokens(once, again)
+    assert llm.engine.pages.hit_tokens > 0
+    for entry in llm.engine.programs.state:
+        assert isinstance(entry, SplitKV)
+        data = entry.pages.v.addressable_shards[0].data
+        assert data.size * sequence * min(tensor, data.shape[1] * tensor) == entry.pages.v.size
+    llm.close()
+    print("equal", shape, sequence, tensor, form)
+
+
+def long(tokens: int, chunk: int) -> None:
+    """A prompt of so many tokens in chunks, over all devices, against one device."""
+    config = llama_config(
+        layers=2, hidden=64, heads=2, kv_heads=2, intermediate=128, vocab=300, max_position=tokens + 128
+    )
+    asked, answers = [[(7 * i * i + i) % 300 for i in range(tokens)]], []
+    for devices in (jax.device_count(), 1):
+        start = time.perf_counter()
+        llm = LLM.from_config(
+            config, 0, max_num_seqs=1, max_num_batched_tokens=chunk, progress=False, sequence_parallel_size=devices,
+        )  # fmt: skip
+        built = time.perf_counter()
+        answers.append(llm.generate(asked, greedy(8))[0])
+        print(
+            f"{devices} devices: {built - start:.1f} s to build, {time.perf_counter() - built:.1f} s to generate"
+        )
+        if devices > 1:
+            (place,) = {entry.pages.v.addressable_shards[0].data.size / entry.pages.v.size
+                        for entry in llm.engine.programs.state}  # fmt: skip
+            assert place == 1 / devices
+        llm.close()
+    same_tokens(*answers)
+    apart = [
+        abs(x[token].logprob - y[token].logprob)
+        for x, y in zip(*(answer.outputs[0].logprobs for answer in answers))
+        for token in x.keys() & y.keys()
+    ]
+    assert max(apart) < 1e-4, apart
+    print(f"equal, 1/{jax.device_count()} of the pages on each device")
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "layer":
+        layer(jax.device_count())
+        rings(jax.device_count())
+    elif what == "long":
+        long(*map(int, rest))
+    else:
+        for case in rest:
+            shape, sequence, tensor, form = case.split(",")
+            engine(shape, int(sequence), int(tensor), form or None)

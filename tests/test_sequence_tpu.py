@@ -1,0 +1,84 @@
+"""Texts split over the chips of TPU slices that are not here: what the compiled, scheduled programs say."""
+
+import os
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tokenloom.attention.backends import backends
+from tokenloom.attention.batch import Shape, descriptor_size
+from tokenloom.attention.caches.paged import Pages
+from tokenloom.model.config import llama_config
+from tokenloom.model.layers import Numerics
+from tokenloom.model.stacked import abstract_stacked, period_of
+from tokenloom.model.state import Capacity, make_state
+from tokenloom.pallas_kernels.chips import Chip
+from tokenloom.serve.planner.schedule import collectives
+from tokenloom.serve.programs import backbone
+from tokenloom.sharding.placement import Placement
+from tokenloom.sharding.spreading import Spreading
+
+pytestmark = pytest.mark.tpu_topology
+LENGTH, SEATS = 32768, 8
+
+
+def compiled(topology, form, shape):
+    """(the scheduled program, its mesh axes, bytes of the pages of one device) of 8B shapes, texts over all chips."""
+    if find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (the dev extra brings it)")
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    config = llama_config(
+        layers=4, hidden=4096, heads=32, kv_heads=8, intermediate=14336, vocab=32000, max_position=LENGTH
+    )
+    dtype, period, page = jnp.dtype("bfloat16"), period_of(config), 128 * len(devices)
+    width = LENGTH // page
+    place = Placement.over(devices, (1, 1), len(devices))
+    graphdef, specs = abstract_stacked(config, Numerics(dtype, dtype, platform="tpu"), period)
+    params = place.plan.place_params(graphdef, specs, place.mesh)
+    spreading = Spreading.of(
+        place, config.blocks[0].mixer, specs["blocks"], layers=4, width=2, length=LENGTH, form=form
+    )
+    capacity = Capacity(
+        SEATS * width + 1, page, SEATS, dtype, backends(Chip.of(devices[0])), width=width, kv_dtype=dtype
+    )
+    pages = place.plan.place_state(
+        jax.eval_shape(lambda: make_state(config, capacity, period, place.cache(Pages()))), place.mesh
+    )
+    run = backbone(graphdef, shape, width, page, shape.C, spreading)
+    ints = [
+        jax.ShapeDtypeStruct((n,), jnp.int32, sharding=place.whole)
+        for n in (SEATS + 1, SEATS + 1, descriptor_size(shape, width))
+    ]
+    places = jax.tree.map(lambda spec: spec.sharding, pages)
+    program = (
+        jax.jit(run, donate_argnums=1, out_shardings=(place.whole, place.whole, places))
+        .lower(params, pages, *ints)
+        .compile()
+    )
+    here = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)) // len(devices)
+    return program, dict(place.mesh.shape), here
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
+def test_every_hop_of_the_ring_is_hidden(topology):
+    """1,024 tokens a chip: K and V travel in one permute, and something is computed while each one does."""
+    devices = {"v5e:2x4": 8, "v5p:2x2x1": 4}[topology]
+    program, mesh, pages = compiled(topology, "ring", Shape(0, 1, 4, 1024 * devices))
+    found = collectives(program.as_text(), mesh)
+    keys = 2 * 1024 * 8 * 128 * 2
+    hops = [one for one in found if one.kind == "collective-permute" and one.bytes == keys]
+    assert sum(one.times for one in hops) == 4 * (devices - 1) and all(one.hidden for one in hops)
+    assert program.memory_analysis().alias_size_in_bytes >= pages
+
+
+def test_a_decode_step_moves_results_only():
+    """Keys and values stay where they are: what crosses links is partial results and what layers of one device are."""
+    program, mesh, pages = compiled("v5e:2x4", None, Shape(SEATS, 1, 0, 0))
+    found = collectives(program.as_text(), mesh)
+    assert program.memory_analysis().alias_size_in_bytes >= pages
+    assert max(one.bytes for one in found) <= SEATS * 32 * 129 * 4
