@@ -18,6 +18,7 @@ from ..model.params import flatten
 from ..model.quantised import part_shapes
 from ..model.transforms.quantisation import plain_config, rounded, weight_formats
 from ..model.transforms.transform import Transform, assemble, from_record, to_record
+from ..sharding.placement import put
 from .build import Build, Opened
 from .tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ class Transforms:
         for transform in transforms:
             model = transform(model, calibration)
         params = nnx.to_pure_dict(nnx.state(model))
-        params = jax.device_put(params, build.shardings(model.config, opened.numerics))
+        params = put(params, build.shardings(model.config, opened.numerics))
         return replace(opened, config=model.config, params=params), Transforms((*self.applied, *transforms))
 
     def readers(self, config: ModelConfig, reads: Mapping[str, Read]) -> dict[str, Read]:
@@ -89,7 +90,7 @@ def original_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _part(read: Read, stored: QuantConfig, name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
     part = rounded(read(None), stored)[name]
-    return part if sharding is None else jax.device_put(part, sharding)
+    return part if sharding is None else put(part, sharding)
 
 
 def _tokens(text: str | Sequence[int], tokenizer: Tokenizer | None) -> list[int]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..model import checkpoint
 from ..model.config import ModelConfig
@@ -23,6 +24,7 @@ from ..model.layers import Numerics
 from ..model.params import flatten, some
 from ..model.stacked import parts, stack
 from ..model.transforms.quantisation import plain_config
+from ..sharding.placement import put
 from .build import with_length
 from .programs import Programs
 from .transformed import Read, Transforms, original_shapes
@@ -155,8 +157,18 @@ def _swap(programs: Programs, groups: Mapping[str, list[Read]]) -> None:
 def _made(reads: list[Read], like: jax.Array, stacked: bool) -> jax.Array:
     """One leaf with the dtype and sharding of `like`, sharing memory with nothing."""
     if stacked:
-        layers = {index: read(None).astype(like.dtype) for index, read in enumerate(reads)}
+        layer = _layer(like.sharding)
+        layers = {index: read(layer).astype(like.dtype) for index, read in enumerate(reads)}
         leaf = stack({"blocks": layers}, 1)["blocks"][0]
     else:
         leaf = reads[0](like.sharding).astype(like.dtype)
+    if jax.process_count() > 1:  # what is read there is nobody else's
+        return put(leaf, like.sharding)
     return jax.device_put(leaf, like.sharding, may_alias=False)
+
+
+def _layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | None:
+    """Where a layer of a stacked leaf lies before it is stacked; None: on the default device."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
