@@ -155,7 +155,9 @@ class Engine:
         for slot, seat in work.loads:
             self.programs.copy(self.programs.plan.max_num_seqs + slot, seat)
         constrained = [sequence.owner for _, sequence, _ in rows if sequence.owner.matcher is not None]
-        between = partial(self._between, constrained, gangs, bool(rows))
+        between = None
+        if constrained or gangs:
+            between = partial(self._between, constrained, gangs, bool(rows))
         sampled, prompt_x = self.programs.step(shape, packed, between, work.draft)
         for seat, slot in work.saves:
             self.programs.copy(seat, self.programs.plan.max_num_seqs + slot)

@@ -4,20 +4,25 @@ import random
 from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenloom import LLM, BeamSearch, DiverseBeamSearch, SamplingParams
+from tokenloom.attention.caches.paged import PagedKV
+from tokenloom.attention.caches.policy import Capacity
+from tokenloom.model.state import make_state
 from tokenloom.serve.drafters.copy_spec import CopySpec
 from tokenloom.serve.gang import Gang, common
 from tokenloom.serve.pages import PageAllocator
 from tokenloom.serve.scheduler import Sequence
-from tokenloom.serve.search.lockstep import ENDS, Chosen, Given, choose
+from tokenloom.serve.search.beams import check_engine
+from tokenloom.serve.search.lockstep import ENDS, Chosen, Given, choose, copy_pages
 from tokenloom.tests import beams, tiny
 from tokenloom.tests.engines import check_against_whole, engine, greedy, prompts, same_tokens, whole
-from tokenloom.tests.shapes import VOCAB
+from tokenloom.tests.shapes import ALL, VOCAB
 
 # A twelfth of the vocabulary ends a text.
 ENDING = tuple(range(24))
@@ -170,6 +175,20 @@ def test_forks_share_full_pages_and_copy_the_last(size, width):
         for one in gang.members:
             pages.release(one.pages)
         assert pages.free == pages.num_pages - 1
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_pages_are_copied_in_every_layer(layers):
+    """Layers that share arrays too; the null page is copied to itself."""
+    entry = PagedKV.empty(5, 4, 2, 8, jnp.dtype("int8"), layers=layers)
+    draw = np.random.default_rng(layers)
+    entry = jax.tree.map(lambda a: jnp.asarray(draw.integers(-99, 99, a.shape), a.dtype), entry)
+    pairs = jnp.array([[3, 1, 0, 0], [2, 4, 0, 0]])
+    (copied,) = jax.jit(partial(copy_pages, layers=(layers,)))((entry,), *pairs)
+    for before, after in zip(jax.tree.leaves(entry), jax.tree.leaves(copied), strict=True):
+        wanted = np.array(before).reshape(layers, 5, -1)
+        wanted[:, 2], wanted[:, 4] = wanted[:, 3], wanted[:, 1]
+        assert (np.asarray(after).reshape(layers, 5, -1) == wanted).all()
 
 
 def test_common_beginnings():
@@ -469,20 +488,24 @@ def test_parameters_without_meaning_are_refused(more):
 
 @pytest.mark.parametrize("shape", ["recurrent", "hybrid"])
 def test_recurrent_models_are_refused(shape):
-    with pytest.raises(ValueError, match=r"BeamSearch\(beam_width=2.*RecurrentState"):
-        BeamSearch(2).generate(engine(shape), SHORT, PLAIN)
+    state = make_state(ALL[shape](), Capacity(2, 16, 2))
+    programs = SimpleNamespace(speculation=None, whole=None, state=state)
+    drawn = SimpleNamespace(scheduler=SimpleNamespace(max_num_seqs=2), programs=programs)
+    with pytest.raises(ValueError, match=r"BeamSearch\(2\).*RecurrentState"):
+        check_engine("BeamSearch(2)", 2, drawn)
 
 
 def test_engines_that_do_not_suit_are_refused():
     llm = engine("llama")
     with pytest.raises(ValueError, match=r"beam_width=5.*max_num_seqs=4"):
         BeamSearch(5).generate(llm, SHORT, PLAIN)
-    drafted = LLM.__new__(LLM)
-    drafted.engine = type("E", (), {"scheduler": llm.engine.scheduler, "programs": type(
-        "P", (), {"speculation": type("S", (), {"drafter": CopySpec()})(), "state": llm.engine.programs.state}
-    )()})()  # fmt: skip
-    with pytest.raises(ValueError, match=r"BeamSearch.*drafter=CopySpec"):
-        BeamSearch(2).generate(drafted, SHORT, PLAIN)
+    programs = SimpleNamespace(speculation=SimpleNamespace(drafter=CopySpec()))
+    drafting = SimpleNamespace(scheduler=llm.engine.scheduler, programs=programs)
+    with pytest.raises(ValueError, match=r"BeamSearch\(2\).*drafter=CopySpec"):
+        check_engine("BeamSearch(2)", 2, drafting)
+    elsewhere = SimpleNamespace(speculation=None, whole=SimpleNamespace(is_fully_addressable=False))
+    with pytest.raises(ValueError, match=r"BeamSearch\(2\).*one process"):
+        check_engine("BeamSearch(2)", 2, SimpleNamespace(scheduler=llm.engine.scheduler, programs=elsewhere))
 
 
 def test_a_prompt_that_cannot_run_leaves_the_others():

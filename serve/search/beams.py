@@ -232,6 +232,11 @@ def check_engine(name: str, width: int, engine: Engine) -> None:
             f"{name} chooses every token before the next is computed, but drafter={programs.speculation.drafter!r} "
             "drafts ahead; use an LLM with drafter=None"
         )
+    if programs.whole is not None and not programs.whole.is_fully_addressable:
+        raise ValueError(
+            f"{name} chooses in the programs of one process, but this model is spread over several; use an LLM in one "
+            "process"
+        )
     kinds = sorted({type(entry).__name__ for entry in programs.state if type(entry) is not PagedKV})
     if kinds:
         raise ValueError(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..compiled import Job, compile_jobs, specs
 from ..sampling.params import MAX_STOP_TOKENS
 from ..sampling.sampler import Sampled, Sampler, SamplerState
 
@@ -158,22 +159,19 @@ def compile_programs(programs: Programs, beams: int, groups: int) -> None:
     if Key("select", beams, groups) in programs.compiled:
         return
 
-    def spec(tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
-
     def given(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=programs.whole)
 
-    def build(function: Callable, donate: tuple[int, ...], *args: Any, out: Any = programs.whole) -> Any:
+    def build(function: Callable, donate: tuple[int, ...], *args: Any, out: Any = programs.whole) -> Job:
         placed = {} if programs.whole is None else {"out_shardings": out}
-        return jax.jit(function, donate_argnums=donate, **placed).lower(*args).compile()
+        return Job(jax.jit(function, donate_argnums=donate, **placed), args)
 
     x = jax.eval_shape(programs._hidden, programs.params)
-    rows, state = given((beams,), jnp.int32), spec(programs.state)
+    rows, state = given((beams,), jnp.int32), specs(programs.state)
     copying = partial(copy_pages, layers=tuple(entry.layers for entry in programs.state))
-    made = {
+    jobs = {
         Key("select", beams, groups): build(
-            select(programs.graphdef, programs.sampler), (1,), spec(programs.params), spec(programs.sampler_state),
+            select(programs.graphdef, programs.sampler), (1,), specs(programs.params), specs(programs.sampler_state),
             given((beams, *x.shape[1:]), x.dtype),
             jax.tree.map(lambda a: given(a.shape, a.dtype), blank(beams, groups)),
         ),
@@ -182,10 +180,9 @@ def compile_programs(programs: Programs, beams: int, groups: int) -> None:
         ),
     }  # fmt: skip
     for count in programs.plan.heads():
-        made[Key("rows", beams, rows=count)] = build(
-            take_rows, (), given((count, *x.shape[1:]), x.dtype), rows
-        )
-    programs.compiled |= made
+        wide = given((count, *x.shape[1:]), x.dtype)
+        jobs[Key("rows", beams, rows=count)] = build(take_rows, (), wide, rows)
+    programs.compiled |= compile_jobs(jobs)
 
 
 def blank(beams: int, groups: int) -> Given:
