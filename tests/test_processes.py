@@ -56,8 +56,10 @@ say("ended")
 
 LOST = """
 from tokenloom.serve import build
+from tokenloom.model.layers import Numerics
 from tokenloom.serve.sampling.processors import Temperature, TokenMask
 build.DEFAULT = (TokenMask(), Temperature())  # four times less to compile
+build.choose_numerics = lambda *given: Numerics(platform="tpu")  # which stacks layers
 llm = LLM(wide(), tensor_parallel_size=4, **ALONE)
 try:
     if not llm.follow():
@@ -106,7 +108,7 @@ def small() -> ModelConfig:
 def wide() -> ModelConfig:
     """Fewer KV heads than processes: its mesh has two axes."""
     return llama_config(
-        layers=1, hidden=64, heads=4, kv_heads=2, intermediate=128, vocab=304, max_position=128
+        layers=2, hidden=64, heads=4, kv_heads=2, intermediate=128, vocab=304, max_position=128
     )
 
 
@@ -192,7 +194,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_a_process_that_dies_is_named_by_all_others(tmp_path):
-    """Four processes; weights swapped from a folder; then one is killed in the midst of a generation."""
+    """Four processes, stacked layers; weights swapped from a folder; then one is killed while it generates."""
     config = wide()
     folder = tmp_path / "weights"
     checkpoint.save_orbax(folder, checkpoint.random_params(config, seed=5), config)
