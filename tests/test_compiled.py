@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -43,8 +44,6 @@ from tokenloom import LLM
 from tokenloom.tests.test_compiled import SIZES, tokens
 
 assert len(jax.devices()) == DEVICES
-BEFORE
-del seen[:]
 warnings.simplefilter("error")
 llm = LLM(MODEL, compiled=FOLDER, strict=True, **SIZES, **MORE)
 print(tokens(llm), len(seen))
@@ -55,22 +54,21 @@ def tokens(llm: LLM) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS)]
 
 
-def fresh(devices: int, model: Path, folder: Path, cache: Path, before: str = "", **more) -> str:
-    """What a process of its own prints, with so many devices and an empty compilation cache."""
-    code = (
-        FRESH.replace("DEVICES", str(devices)).replace("MODEL", repr(str(model))).replace("MORE", repr(more))
-    )
-    code = code.replace("FOLDER", repr(str(folder))).replace("BEFORE", before)
-    env = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_PLATFORMS": "cpu",
-        "XDG_CACHE_HOME": str(cache),
-    }
-    env.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+def run(devices: int, cache: Path, *command: str) -> str:
+    """The last line that a Python process of its own prints, with so many devices and its compilation cache there."""
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    own = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run([sys.executable, *command], env=kept | own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
+
+
+def fresh(devices: int, model: Path, folder: Path, cache: Path, **more) -> str:
+    """Start on a folder's programs: the tokens, and how often JAX compiled."""
+    code = FRESH
+    for name, value in dict(DEVICES=devices, MODEL=str(model), FOLDER=str(folder), MORE=more).items():
+        code = code.replace(name, repr(value))
+    return run(devices, cache, "-c", code)
 
 
 @pytest.fixture(scope="module")
@@ -144,20 +142,23 @@ def test_the_manifest_lists_every_program(cold, written):
 
 
 def test_split_models_start_on_their_programs(model, tmp_path):
-    """Two devices; the programs of one are refused there, by name."""
+    """Weights in bfloat16, whose products are tried out before programs compile, but not on an artefact. One device
+    refuses the programs of two by name."""
     folder = tmp_path / "split"
-    before = (
-        f"from tokenloom.serve.compile_model import compile_model\n"
-        f"compile_model({str(model)!r}, {str(folder)!r}, tensor_parallel_size=2, "
-        f"**{{k: v for k, v in SIZES.items() if k != 'progress'}})"
-    )
-    assert fresh(2, model, folder, tmp_path / "cache", before, tensor_parallel_size=2).endswith("] 0")
+    written = run(
+        2, tmp_path / "first", "-m", "tokenloom.serve.cli", "compile", str(model), "-o", str(folder),
+        "--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--tensor-parallel-size", "2", "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert "8 programs" in written and "for 2 x cpu; max_model_len 128, num_pages 2" in written
+    shown = fresh(2, model, folder, tmp_path / "second", tensor_parallel_size=2, dtype="bfloat16")
+    assert shown.endswith("] 0")
     assert facts(folder)["mesh"] and facts(folder)["device"]["ids"] == [0, 1]
     with pytest.raises(ValueError, match=r"device\.count: the artefact has 2, this process 1"):
         LLM(model, compiled=folder, strict=True, **SIZES)
 
 
 @pytest.mark.tpu_topology
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the dev extra brings it)")
 @pytest.mark.parametrize("size", [1, 2])
 def test_programs_of_a_slice_that_is_not_here(tmp_path, size):
     config = llama_config(
