@@ -37,7 +37,9 @@ def ring(kv: jax.Array, meet: Callable[[jax.Array, jax.Array], Part], axis: str,
     for hop in range(devices):
         coming = kv if hop == devices - 1 else lax.ppermute(kv, axis, around)
         part = meet(kv, (here - hop) % devices)
-        found, kv = part if found is None else merge(found, part), coming
+        # Else the compiler may do all transfers first and then meet what came.
+        kv, part = lax.optimization_barrier((coming, part))
+        found = part if found is None else merge(found, part)
     assert found is not None
     return found
 
@@ -53,13 +55,13 @@ def token_ring(q: jax.Array, meet: Meet, axis: str, devices: int) -> Part:
         if leaving is not None:
             home = _send(leaving, axis, devices, hop - 1)
         part = meet(q, (here + hop) % devices)
+        q, part, home = lax.optimization_barrier((coming, part, home))
         if hop == 0:
             own = part
         else:
             leaving = part
         if home is not None and own is not None:
             own, home = merge(own, home), None
-        q = coming
     assert own is not None
     return own if leaving is None else merge(own, _send(leaving, axis, devices, devices - 1))
 

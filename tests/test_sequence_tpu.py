@@ -5,10 +5,15 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tokenloom.attention.backends import backends
 from tokenloom.attention.batch import Shape, descriptor_size
 from tokenloom.attention.caches.paged import Pages
+from tokenloom.attention.flat import Marks, flat
+from tokenloom.attention.ops import AttentionSpec
+from tokenloom.attention.sequence import ring, token_ring
 from tokenloom.model.config import llama_config
 from tokenloom.model.layers import Numerics
 from tokenloom.model.stacked import abstract_stacked, period_of
@@ -23,15 +28,20 @@ pytestmark = pytest.mark.tpu_topology
 LENGTH, SEATS = 32768, 8
 
 
-def compiled(topology, form, shape):
-    """(the scheduled program, its mesh axes, bytes of the pages of one device) of 8B shapes, texts over all chips."""
+def slice_of(topology):
+    """The devices of a slice, to compile for."""
     if find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (the dev extra brings it)")
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def compiled(topology, form, shape):
+    """(the scheduled program, its mesh axes, bytes of the pages of one device) of 8B shapes, texts over all chips."""
+    devices = slice_of(topology)
     config = llama_config(
         layers=4, hidden=4096, heads=32, kv_heads=8, intermediate=14336, vocab=32000, max_position=LENGTH
     )
@@ -64,15 +74,56 @@ def compiled(topology, form, shape):
     return program, dict(place.mesh.shape), here
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
-def test_every_hop_of_the_ring_is_hidden(topology):
-    """1,024 tokens a chip: K and V travel in one permute, and something is computed while each one does."""
-    devices = {"v5e:2x4": 8, "v5p:2x2x1": 4}[topology]
-    program, mesh, pages = compiled(topology, "ring", Shape(0, 1, 4, 1024 * devices))
-    found = collectives(program.as_text(), mesh)
+SOME, CHIPS = PartitionSpec("seq"), {"v5e:2x4": 8, "v5p:2x2x1": 4}
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("form", ["ring", "token_ring"])
+def test_every_hop_is_hidden(topology, form):
+    """1,024 tokens a chip, heads of an 8B model: K and V in one permute, or queries one way and results the other;
+    something is computed while each of them travels, but for the last results."""
+    mesh, chips = Mesh(np.array(slice_of(topology)), ("seq",)), CHIPS[topology]
+    spec, tokens = AttentionSpec(0.088), 1024 * chips
+
+    def run(q, kv, rows, positions, lengths):
+        marks = Marks(rows, positions, lengths)
+
+        def of(index):
+            return jax.tree.map(lambda x: x[index], marks)
+
+        mine = of(jax.lax.axis_index("seq"))
+        if form == "ring":
+            return ring(kv, lambda kv, at: flat(q, kv[0], kv[1], mine, of(at), spec), "seq", chips)
+        return token_ring(q, lambda q, at: flat(q, kv[0], kv[1], of(at), mine, spec), "seq", chips)
+
+    def given(shape, spec, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
+
+    keys = PartitionSpec(None, "seq")
+    split = jax.shard_map(
+        run, mesh=mesh, in_specs=(SOME, keys, *(PartitionSpec(),) * 3), out_specs=SOME, check_vma=False
+    )
+    marks = [given((chips, 1024), PartitionSpec(), "int32")] * 3
+    arguments = given((tokens, 32, 128), SOME), given((2, tokens, 8, 128), keys), *marks
+    text = jax.jit(split).lower(*arguments).compile().as_text()
+    hops = [one for one in collectives(text, {"seq": chips}) if one.kind == "collective-permute"]
+    exposed = sum(one.times for one in hops if not one.hidden)
+    assert sum(one.times for one in hops) == (chips - 1) * (1 if form == "ring" else 2)
+    assert exposed <= (0 if form == "ring" else 1)
+    if form == "ring":
+        assert {one.bytes for one in hops} == {2 * 1024 * 8 * 128 * 2}
+
+
+def test_a_prefill_program_hides_every_hop():
+    """All of a program's layers: 8,192 tokens over 8 chips, and pages that are updated in place."""
+    program, mesh, pages = compiled("v5e:2x4", "ring", Shape(0, 1, 4, 8192))
     keys = 2 * 1024 * 8 * 128 * 2
-    hops = [one for one in found if one.kind == "collective-permute" and one.bytes == keys]
-    assert sum(one.times for one in hops) == 4 * (devices - 1) and all(one.hidden for one in hops)
+    hops = [
+        one
+        for one in collectives(program.as_text(), mesh)
+        if one.kind == "collective-permute" and one.bytes == keys
+    ]
+    assert sum(one.times for one in hops) == 4 * 7 and all(one.hidden for one in hops)
     assert program.memory_analysis().alias_size_in_bytes >= pages
 
 

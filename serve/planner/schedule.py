@@ -39,7 +39,10 @@ BYTES = {
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|body|to_apply|called_computations)=\{?%([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|body|to_apply|called_computations|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
+)
+_NAME = re.compile(r"%([\w.\-]+)")
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,13 @@ def _parse(name: str, text: str) -> _Line:
 def _walk(
     computations: dict[str, list[_Line]], name: str, times: int, mesh: dict[str, int], hidden: bool
 ) -> Iterator[Collective]:
-    """The collectives of a computation that runs `times` times, and of those that it calls."""
+    """The collectives of a computation that runs `times` times, and of those that it calls; of a conditional, those
+    of all branches."""
     lines = computations.get(name, [])
     for at, line in enumerate(lines):
         kind = line.operation.removesuffix("-start")
-        called = [match for match in _CALLED.findall(line.rest) if match in computations]
+        names = [name for part in _CALLED.findall(line.rest) for name in _NAME.findall(part)]
+        called = [name for name in names if name in computations]
         if kind in KINDS:
             starts = line.operation.endswith("-start")
             yield _collective(line, kind, times, mesh, hidden or (starts and _computes_until_done(lines, at)))
