@@ -418,6 +418,8 @@ def test_a_search_that_is_cut_short_shows_its_beams(monkeypatch):
     assert cut and {len(one.token_ids) for one in cut} == {result.steps} and 0 < result.steps < 8
     wanted, _ = beams.search(scores(SHORT), 4, longest=result.steps, ends=set(ENDING), early="never")
     assert {tuple(one.token_ids) for one in cut} <= {one.tokens for one in wanted}
+    with pytest.raises(ValueError, match="no seed"):
+        llm.resume(result.output)
 
 
 def test_what_beams_computed_serves_the_prefix_cache():

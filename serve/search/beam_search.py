@@ -150,4 +150,5 @@ def _result(beams: Beams, output: RequestOutput) -> BeamResult:
         )
         for one, text in zip(output.outputs, beams.texts)
     ]  # fmt: skip
-    return BeamResult(output, hypotheses, output.error, beams.steps, beams.copied)
+    seedless = replace(output, seed=None)  # `LLM.resume` would go on without the search
+    return BeamResult(seedless, hypotheses, output.error, beams.steps, beams.copied)

@@ -73,11 +73,12 @@ class MeasuredEngine(Engine):
         chunks = [(chunk.start, chunk.count) for chunk in work.chunks]
         prompt = sum(count for _, count in chunks)
         budget = max(policy.budget(scheduler.budget), scheduler.max_num_seqs + 1)
+        sampled = len(launched.rows) + sum(gang.width for gang in launched.gangs)
         return Flight(
             token=launched.sampled.token, step=self.steps - 1, time=time.time(),
             shape=plan.shape(len(decodes), prompt), decodes=decodes, chunks=chunks,
-            heads=len(launched.rows) + sum(chunk.count for _, chunk in launched.scored),
-            sampled=len(launched.rows), waiting=len(scheduler.waiting), running=len(scheduler.running),
+            heads=sampled + sum(chunk.count for _, chunk in launched.scored),
+            sampled=sampled, waiting=len(scheduler.waiting), running=len(scheduler.running),
             room=len(decodes) + prompt < min(scheduler.budget, budget) and len(chunks) < plan.prompt_rows,
             pages=(free, pages.num_pages - 1 - free, pages.cached), lookup_tokens=pages.lookup_tokens,
             hit_tokens=pages.hit_tokens, preemptions=scheduler.preemptions, sent=self._sent,
