@@ -213,7 +213,6 @@ def lead_swap(group: Group, source: Weights, swap: Callable[[], None]) -> Callab
 
     def all_swap() -> None:
         group.command("swap")
-        with group.guard():
-            swap()
+        swap()
 
     return all_swap

@@ -17,9 +17,8 @@ from jax._src import distributed
 from .channel import Door, Message, Wire, enter
 
 TIMEOUT = 60.0
-LEAVE_SECONDS, SOON_SECONDS = 300, 5
-CHANNEL, TIMEOUT_KEY = "tokenloom/channel", "tokenloom/timeout"
-END, LOST = "tokenloom/end", "tokenloom/lost"
+LEAVE_SECONDS = 300
+CHANNEL, TIMEOUT_KEY, END = "tokenloom/channel", "tokenloom/timeout", "tokenloom/end"
 
 
 class ProcessLost(RuntimeError):
@@ -70,23 +69,21 @@ def initialize(
     atexit.register(_leave)
 
 
-def _leave(barrier: str = END, seconds: float = LEAVE_SECONDS) -> None:
+def _leave() -> None:
     """At exit wait for the others: JAX ends a process whose coordinator, which lives in process 0, is gone."""
     client = distributed.global_state.client
     if client is not None:
         try:
-            client.wait_at_barrier(barrier, int(1000 * seconds))
+            client.wait_at_barrier(END, 1000 * LEAVE_SECONDS)
             if jax.process_index() == 0:  # returns when all others have left
                 client.get_live_nodes(list(range(jax.process_count())))
         except jax.errors.JaxRuntimeError as error:
-            if barrier == END:
-                print(f"tokenloom: not all processes came to their end: {error}", file=sys.stderr)
+            print(f"tokenloom: not all processes came to their end: {error}", file=sys.stderr)
 
 
-def leave_soon() -> None:
-    """Wait at exit for those that are left to say what they have to say, no longer."""
+def leave_alone() -> None:
+    """A process was lost: wait for nobody at exit."""
     atexit.unregister(_leave)
-    atexit.register(_leave, LOST, SOON_SECONDS)
 
 
 def _client() -> Any:

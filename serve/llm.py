@@ -28,7 +28,7 @@ from .finish import abort, finish
 from .followers import lead_swap
 from .gang import Gang
 from .locks import FairLock
-from .membership import calibrate, confirm, follow, meet, programs_of, refuse_requests, together
+from .membership import calibrate, confirm, follow, guarded, meet, programs_of, refuse_requests, together
 from .outputs import RequestOutput
 from .policies.policy import Policy
 from .prompts import Prompt, each, encode_prompt, is_prompt, need_tokenizer, salt_of
@@ -74,7 +74,8 @@ class LLM:
         kv_cache_dtype: how keys and values are stored: "float32", "bfloat16", "float16", or quantised with a scale
             for each token and head, "int8" or "fp8"; None: as activations are. On CPU choose int8 or float16: XLA
             copies pages of bfloat16 and fp8 when it writes to them.
-        tensor_parallel_size: devices that one model is split over: heads, MLP and vocabulary.
+        tensor_parallel_size: devices that one model is split over: heads, MLP and vocabulary. With several processes
+            (`tokenloom.initialize`) the devices of all of them count.
         sequence_parallel_size: devices (or groups of tensor_parallel_size) that each text is split over: every one
             keeps 1/n of all keys and values and computes 1/n of a prompt, for contexts longer than one holds.
         sequence_parallel_form: how prompt tokens meet keys on other devices (`attention.forms`): "ring",
@@ -123,6 +124,7 @@ class LLM:
             controller=controller, compiled=compiled,
         )  # fmt: skip
         self.group = meet(build, dtype=dtype, transforms=tuple(transforms))
+        progress = progress and (self.group is None or self.group.leads)
         with together(self.group):
             opened = open_model(model, dtype, build)
             self.name, self.folder, self.seed, self.progress = opened.name, opened.folder, seed, progress
@@ -193,7 +195,9 @@ class LLM:
         ranks = each(priority, 0, len(items), "priority", int)
         tenants = each(tenant, None, len(items), "tenant", str)
         if gangs is not None and self.group is not None:
-            raise ValueError(f"searches in lock-step run in one process, and {self.group.count} share this model")
+            raise ValueError(
+                f"searches in lock-step run in one process, and {self.group.count} share this model"
+            )
         if until is not None and len(until) != len(items):
             raise ValueError(f"{len(items)} prompts came with {len(until)} functions `until`; give one each")
         requests: list[Request] = []
@@ -335,7 +339,10 @@ class LLM:
                 )
             positions = self.cache.longest(engine.max_model_len)
             swap = plan_swap(engine.programs, self.config, positions, source)
-            engine.swap_weights(swap if self.group is None else lead_swap(self.group, source, swap), number)
+            with guarded(self.group):
+                engine.swap_weights(
+                    swap if self.group is None else lead_swap(self.group, source, swap), number
+                )
 
     # -- the life of the engine ----------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -69,6 +69,11 @@ def together(group: Group | None) -> Iterator[None]:
         group.fail(error)
         raise
     group.stage = "open"
+
+
+def guarded(group: Group | None) -> AbstractContextManager[None]:
+    """Around what may wait for other processes (`Group.guard`)."""
+    return nullcontext() if group is None else group.guard()
 
 
 def confirm(group: Group | None, build: Build, opened: Opened, tokenizer: Tokenizer | None) -> Build:

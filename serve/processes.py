@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from .channel import Message, Wire
-from .joining import ProcessLost, gather, leave_soon, reach
+from .joining import ProcessLost, gather, leave_alone, reach
 
 EXIT_CODE = 70
 """With which a process ends that waits in a collective for one that is gone."""
@@ -48,7 +48,7 @@ class Group:
         ]
         for thread in (*self._listeners, threading.Thread(target=self._beat, name="processes", daemon=True)):
             thread.start()
-        atexit.register(self.close)
+        atexit.register(self._leave)
 
     @staticmethod
     def join() -> Group:
@@ -164,7 +164,7 @@ class Group:
             self.ended = True
             self.lost = f"process {self.index} of {self.count}, this one, failed ({error}); start all again"
             reason = f"failed ({type(error).__name__}: {str(error)[:2000]})"
-            leave_soon()
+            leave_alone()
             self._tell(Message("failed", {"process": self.index, "reason": reason}))
             self.close()
 
@@ -180,7 +180,7 @@ class Group:
             )
         self._gone.set()
         print(f"tokenloom: {self.lost}", file=sys.stderr, flush=True)
-        leave_soon()
+        leave_alone()
         self._tell(Message("failed", {"process": process, "reason": reason}))
         for inbox in self._inboxes.values():
             inbox.put(None)
@@ -222,7 +222,8 @@ class Group:
         while not self.ended:
             time.sleep(min(5.0, self.timeout / 6))
             if self.lost is not None:
-                if time.monotonic() - self._lost_at > GRACE_SECONDS:
+                # Process 0 last: where others end, its collectives may fail, and then it can raise.
+                if time.monotonic() - self._lost_at > GRACE_SECONDS * (3 if self.leads else 1):
                     return self._end_stuck()
                 continue
             for other in self.wires:
@@ -248,9 +249,13 @@ class Group:
         self.ended = True
         for wire in self.wires.values():
             wire.finish()
-        for thread in self._listeners if self.lost is None and self.leads else ():
-            thread.join(min(GRACE_SECONDS, self.timeout))
-        atexit.unregister(self.close)
+
+    def _leave(self) -> None:
+        """At exit. JAX ends the others when process 0 is gone, so it lets them speak first, for a moment."""
+        self.close()
+        until = time.monotonic() + GRACE_SECONDS
+        for thread in self._listeners if self.leads else ():
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def _differences(mine: Mapping[str, str], other: int, theirs: Mapping[str, str]) -> str:

@@ -44,7 +44,10 @@ if index:
     except ValueError as error:
         say("refused:", error)
 if not llm.follow():
-    for refused in (lambda: llm.update_weights(llm.engine.programs.params), lambda: llm.save("x")):
+    for refused in (
+        lambda: llm.update_weights(llm.engine.programs.params), lambda: llm.save("x"),
+        lambda: llm.generate([[1, 2]], gangs=[None]),
+    ):
         try:
             refused()
         except ValueError as error:
@@ -93,7 +96,7 @@ import socket, threading
 from tokenloom.serve.channel import Wire
 from tokenloom.serve.processes import Group
 here, there = socket.socketpair(socket.AF_UNIX)
-group = Group(0, 2, {1: Wire(here, 1.0)}, 1.0)
+group = Group(1, 2, {0: Wire(here, 1.0)}, 1.0)
 with group.guard():
     threading.Event().wait()
 """
@@ -189,7 +192,8 @@ def test_two_processes_equal_one(tmp_path):
     assert expected[1][1][0]["stop_reason"] == text[3:6] and expected[4][1][0]["text"] in ("yes", "no")
     (refused,) = lines(found[1][1], "refused:")
     assert "process 1 of 2: process 0 alone takes requests" in refused
-    swap, save = lines(found[0][1], "refused:")
+    swap, save, search = lines(found[0][1], "refused:")
+    assert "searches in lock-step run in one process" in search
     assert "give update_weights the folder's path" in swap and "open it in one process to save it" in save
 
 
@@ -255,7 +259,7 @@ def test_a_process_that_waits_for_a_lost_one_is_ended():
     """Nobody answers, and the main thread never comes back."""
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == EXIT_CODE, done
-    assert "process 1 of 2 has not answered for 1 s" in done.stderr and "exit code 70" in done.stderr
+    assert "process 0 of 2 has not answered for 1 s" in done.stderr and "exit code 70" in done.stderr
 
 
 def pair(timeout: float) -> tuple[Wire, Wire]:
