@@ -76,7 +76,9 @@ class Scheduler:
             if not self._admit(sequence, loads):
                 break
             admitted += sequence.members
-            budget -= self._take(sequence, budget, chunks)
+            for one in sequence.members:
+                if budget > 0 and len(chunks) < self.prompt_rows:
+                    budget -= self._take(one, budget, chunks)
         if not chunks and (policy.prefill_first or not decodes):
             decodes = self._decodes()
         if not decodes and not chunks:

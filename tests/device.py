@@ -28,7 +28,7 @@ class Device:
         ] = {}  # (page, place in it) -> identity of the text that ends there
         self.state: dict[int, int] = {}  # seat, or seats + slot -> identity of the text that it took in
         self.texts: dict[Sequence, list[int]] = {}  # known on the device, one step ahead of the host
-        self.in_flight: list[tuple[Sequence, int]] | None = None
+        self.in_flight: list[tuple[Sequence, int, int]] | None = None
         self.done: list[Sequence] = []
 
     def step(self) -> Work | None:
@@ -37,7 +37,12 @@ class Device:
         assert work is None or self.scheduler.preemptions == preemptions or not work.admitted
         rows = self.run(work) if work else None
         previous, self.in_flight = self.in_flight, rows
-        for sequence, epoch, token in previous or ():
+        self.read(previous or [])
+        return work
+
+    def read(self, rows: list[tuple[Sequence, int, int]]) -> None:
+        """The host reads what a step sampled."""
+        for sequence, epoch, token in rows:
             if sequence.finished or sequence.epoch != epoch:
                 continue
             sequence.pending -= 1
@@ -45,7 +50,6 @@ class Device:
             if len(sequence.tokens) >= sequence.limit:
                 self.scheduler.finish(sequence)
                 self.done.append(sequence)
-        return work
 
     def drain(self, steps: int = 20_000) -> None:
         for _ in range(steps):
