@@ -34,6 +34,7 @@ from .sampling.sampler import Sampled
 
 MANIFEST, FORMAT = "manifest.json", 1
 NOTICE = "the files beside this one are code: open them only when you trust who wrote them"
+ENTRY = {"key", "file", "bytes", "sha256", "arguments", "result"}
 LEAF = jax.tree.structure(0)
 RESULTS = (Sampled(0, 0, 0), Sampled(0, 0, 0, 0))  # type: ignore[arg-type]
 REMEDY = "write one with `tokenloom compile MODEL -o FOLDER` (or LLM.save_compiled), or start without compiled programs"
@@ -187,11 +188,16 @@ class Artefact:
         path = Path(folder)
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            if not isinstance(manifest["programs"], list) or not isinstance(manifest["facts"], dict):
-                raise TypeError("it lists no programs")
+            facts, programs = manifest["facts"], manifest["programs"]
+            if not {"device", "engine"} <= {
+                name for name, section in facts.items() if isinstance(section, dict)
+            }:
+                raise TypeError("it says nothing of a device or an engine")
+            if not all(entry.keys() >= ENTRY for entry in programs):
+                raise TypeError(f"a program lacks one of {', '.join(sorted(ENTRY))}")
         except OSError as error:
             raise ValueError(f"compiled={str(path)!r} has no {MANIFEST}; {REMEDY}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / MANIFEST} is not a manifest ({error}); {REMEDY}") from error
         return Artefact(path, manifest)
 

@@ -326,9 +326,15 @@ def test_folders_without_a_manifest_are_refused(model, copied, tmp_path):
             ValueError, match=r"has no manifest\.json; write one with `tokenloom compile MODEL"
         ):
             LLM(model, compiled=folder, **SIZES)
-    (copied / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match=r"is not a manifest .*; write one with"):
-        Artefact.of(copied)
+    for wrong in (
+        "{",
+        "[]",
+        '{"facts": {}, "programs": []}',
+        '{"facts": {"device": {}, "engine": {}}, "programs": [{}]}',
+    ):
+        (copied / MANIFEST).write_text(wrong)
+        with pytest.raises(ValueError, match=r"is not a manifest .*; write one with"):
+            Artefact.of(copied)
 
 
 # -- trees -------------------------------------------------------------------------------------------------
