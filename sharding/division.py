@@ -3,9 +3,12 @@
     tensor=8            one model over 8 devices: heads, MLP and vocabulary split
     data=2,tensor=4     two replicas of 4 devices each, every one with all weights and its own sequences
     expert=8            one model over 8 devices: heads and vocabulary split, experts whole on their devices
+    seq=8               one model over 8 devices, all weights on each, every text split over them
+    seq=2,tensor=4      every text split over two groups of 4 devices, each of which holds all weights
     tensor, data=2      what is left out follows from the number of devices
 
-`tensor` runs: `LLM(tensor_parallel_size=n)`. Replicas run as one process each. `expert` can be planned only.
+`tensor` and `seq` run: `LLM(tensor_parallel_size=n, sequence_parallel_size=m)`. Replicas run as one process each.
+`expert` can be planned only.
 """
 
 from __future__ import annotations
@@ -13,21 +16,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from .placement import Heads, Placement, needs_split
 from .plan import Plan
 
-AXES = ("data", "tensor", "expert")
+AXES = ("data", "seq", "tensor", "expert")
 
 
 @dataclass(frozen=True)
 class Division:
-    """`data` replicas of `size` devices; `experts`: whole on their devices, rather than cut."""
+    """`data` replicas of `seq` groups, which share each text, of `size` devices, which share the weights; `experts`:
+    whole on their devices, rather than cut."""
 
     data: int
     size: int
     experts: bool = False
+    seq: int = 1
 
     @staticmethod
     def parse(text: str, devices: int) -> Division:
@@ -36,14 +42,9 @@ class Division:
         for part in text.lower().split(","):
             match = re.fullmatch(r"\s*([a-z]+)\s*(?:=\s*(\d+))?\s*", part)
             if match is None or match[1] not in AXES or match[1] in factors or match[2] == "0":
-                hint = (
-                    " (sequences are not split over devices)"
-                    if match is not None and match[1] == "seq"
-                    else ""
-                )
                 raise ValueError(
-                    f"plan {text!r} is not known{hint}: give auto, or factors such as tensor={devices}, "
-                    f"data=2,tensor={max(1, devices // 2)} or expert={devices}"
+                    f"plan {text!r} is not known: give auto, or factors such as tensor={devices}, "
+                    f"data=2,tensor={max(1, devices // 2)}, seq=2,tensor={max(1, devices // 2)} or expert={devices}"
                 )
             factors[match[1]] = None if match[2] is None else int(match[2])
         if "tensor" in factors and "expert" in factors:
@@ -51,29 +52,37 @@ class Division:
                 f"plan {text!r}: experts are split over the same devices as heads; name one of the two"
             )
         inner = "expert" if "expert" in factors else "tensor"
-        data, size = factors.get("data"), factors.get(inner)
-        if size is None:
-            data = data or 1
-            size = devices // data
-        elif data is None:
-            data = devices // size if "data" in factors else 1
-        if data * size != devices:
+        open_axis = next((axis for axis in (inner, "seq", "data") if factors.get(axis, 1) is None), None)
+        if open_axis is None and inner not in factors:
+            open_axis = inner
+        given = {axis: factors.get(axis) or 1 for axis in ("data", "seq", inner)}
+        if open_axis is not None:
+            given[open_axis] = max(1, devices // prod(n for axis, n in given.items() if axis != open_axis))
+        data, seq, size = given.values()
+        if data * seq * size != devices:
             shown = max((d for d in range(1, devices + 1) if devices % d == 0 and d <= size), default=1)
+            covers = " x ".join(str(n) for n in ((data, size) if seq == 1 else (data, seq, size)))
             raise ValueError(
-                f"plan {text!r} covers {data} x {size} of the slice's {devices} devices; the nearest that covers all "
-                f"is data={devices // shown},{inner}={shown}"
+                f"plan {text!r} covers {covers} of the slice's {devices} devices; the nearest that covers all "
+                f"is {'data' if seq == 1 else 'seq'}={devices // shown},{inner}={shown}"
             )
-        return Division(data, size, inner == "expert")
+        return Division(data, size, inner == "expert", seq)
 
     @property
     def name(self) -> str:
-        inner = f"{'expert' if self.experts else 'tensor'}={self.size}"
-        return inner if self.data == 1 else f"data={self.data},{inner}"
+        factors = {"data": self.data, "seq": self.seq, "expert" if self.experts else "tensor": self.size}
+        shown = [f"{axis}={n}" for axis, n in factors.items() if n > 1]
+        return ",".join(shown) or "tensor=1"
+
+    @property
+    def devices(self) -> int:
+        """Of one replica."""
+        return self.size * self.seq
 
     def place(self, heads: Heads, devices: Sequence[Any] | None = None) -> Placement:
         """Where one replica lives: on the first of `devices`, or on a mesh to plan with."""
         split = needs_split(self.size, heads, 4 * self.size, f"plan {self.name!r}")
-        placed = Placement.over(None if devices is None else devices[: self.size], split)
+        placed = Placement.over(None if devices is None else devices[: self.devices], split, self.seq)
         return replace(placed, plan=_experts(placed.plan)) if self.experts else placed
 
 

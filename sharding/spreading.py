@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from ..attention.batch import Shape
 from ..attention.forms import Form, Load, Speeds, Spread, choose
@@ -21,11 +21,16 @@ HERE = Speeds(1e11, 2e10, 5e9, 5e-5, torus=False)
 """Devices that one CPU pretends to be."""
 
 
+def speeds_of_kind(kind: str) -> Speeds:
+    """Arithmetic, memory and links of a TPU that JAX names so."""
+    found = next((one for one in GENERATIONS if one.kind == kind), GENERATIONS[1])
+    return Speeds(found.bf16 / found.devices, found.bandwidth / found.devices, found.link_bandwidth)
+
+
 def speeds_of(device: Any) -> Speeds:
-    """Arithmetic and links of a device, also of a compile-only one."""
+    """Arithmetic, memory and links of a device, also of a compile-only one."""
     if device.platform == "tpu":
-        found = next((one for one in GENERATIONS if one.kind == device.device_kind), GENERATIONS[1])
-        return Speeds(found.bf16 / found.devices, found.bandwidth / found.devices, found.link_bandwidth)
+        return speeds_of_kind(device.device_kind)
     return HERE if device.platform == "cpu" else NVLINK
 
 
@@ -42,25 +47,21 @@ class Spreading:
 
     @staticmethod
     def of(
-        place: Placement,
-        attention: Any,
-        blocks: Any,
-        *,
-        layers: int,
-        width: int,
-        length: int,
-        form: Form | None,
-    ) -> Spreading:
+        place: Placement, attention: Any, blocks: Any, *, layers: int, width: int, length: int,
+        form: Form | None = None, speeds: Speeds | None = None,
+    ) -> Spreading:  # fmt: skip
         """For one kind of attention layer (heads, kv_heads, head_dim); `blocks`: the parameters of all `layers`, and
-        `width`: bytes of a number; `length`: max_model_len."""
+        `width`: bytes of a number; `length`: max_model_len; `speeds` None: those of the mesh's devices."""
         tensor = place.mesh.size // place.sequence
         parameters = sum(leaf.size for leaf in jax.tree.leaves(blocks)) // layers
         load = Load(
             place.sequence, 0, 0, -(-attention.heads // tensor), -(-attention.kv_heads // tensor),
             attention.head_dim, width, parameters // tensor,
         )  # fmt: skip
-        device = np.asarray(place.mesh.devices).flat[0]  # type: ignore[union-attr]
-        return Spreading(place.spread, load, length, speeds_of(device), form)
+        if speeds is None:
+            assert isinstance(place.mesh, Mesh)
+            speeds = speeds_of(np.asarray(place.mesh.devices).flat[0])
+        return Spreading(place.spread, load, length, speeds, form)
 
     def over(self, shape: Shape) -> Spread | None:
         """How a step of this shape is spread; None: every device computes all of its tokens."""

@@ -101,6 +101,8 @@ def test_divisions_by_name():
     assert Division.parse("tensor", 8) == Division.parse("tensor=8", 8) == Division(1, 8)
     assert Division.parse("data=2", 8) == Division.parse("data,tensor=4", 8) == Division(2, 4)
     assert Division.parse("expert=4,data=2", 8) == Division(2, 4, True)
+    assert Division.parse("seq=2", 8) == Division.parse("seq,tensor=4", 8) == Division(1, 4, seq=2)
+    assert Division.parse("seq", 8).name == "seq=8" and Division.parse("data=2,seq=2", 8) == Division(2, 2, seq=2)
     for one in divisions(16, True):
         assert Division.parse(one.name, 16) == one
     for text, reason in (
@@ -108,7 +110,8 @@ def test_divisions_by_name():
             "tensor=3",
             r"covers 1 x 3 of the slice's 16 devices; the nearest that covers all is data=8,tensor=2",
         ),
-        ("seq=2", "sequences are not split over devices"),
+        ("seq=3,tensor=4", r"covers 1 x 3 x 4 of the slice's 16 devices; the nearest that covers all is seq=4"),
+        ("seqs=2", "is not known: give auto, or factors such as tensor=16"),
         ("tensor=4,expert=4", "name one of the two"),
         ("tensor=4,tensor=4", "not known"),
     ):

@@ -65,6 +65,7 @@ class PlannedPrograms(Programs):
         return PlannedPrograms(
             case.graphdef, case.params, case.state(case.pages), sampler, case.buckets,
             page_size=case.page_size, width=case.width, period=case.period, whole=case.place.whole,
+            spreading=case.spreading,
         )  # fmt: skip
 
     def chosen(self, full: bool) -> dict[Any, Any]:

@@ -65,7 +65,7 @@ def backbone_work(
         case,
         program,
         total,
-        flops / case.division.size,
+        flops / (case.division.devices if chunks else case.division.size),
         predicted_sent(case, tokens) if sent is None else sent,
     )
 
@@ -82,15 +82,24 @@ def head_work(case: Case, program: str, rows: int, sent: float = 0.0) -> Work:
 
 def predicted_sent(case: Case, tokens: int) -> float:
     """Bytes that a device sends for a backbone over `tokens`, were each sum over devices one ring all-reduce: of the
-    embedding, of each token mixer, and of each channel mixer (of a mixture once for each expert of a token)."""
-    size = case.division.size
+    embedding, of each token mixer, and of each channel mixer (of a mixture once for each expert of a token).
+    Where texts are split, prompt tokens are on one group of devices each and their keys and values visit the others;
+    decoding rows are on all, and their partial results are summed."""
+    size, seq, item = case.division.size, case.division.seq, case.numerics.dtype.itemsize
     rows = 1.0
     for block in case.config.blocks:
         rows += isinstance(block.mixer, AttentionConfig)
         if block.channel is not None:
             cut = isinstance(block.channel, MoEConfig) and not case.division.experts
             rows += block.channel.top_k if cut and isinstance(block.channel, MoEConfig) else 1
-    return 2 * (size - 1) / size * rows * tokens * case.config.hidden_size * case.numerics.dtype.itemsize
+    prompt = tokens > case.seats
+    here = tokens / seq if prompt else tokens
+    sums = 2 * (size - 1) / size * rows * here * case.config.hidden_size * item
+    if prompt:
+        return sums + (seq - 1) * here * _kv_numbers(case) * seq / case.place.kv_shards * item
+    mixers = [block.mixer for block in case.config.blocks if isinstance(block.mixer, AttentionConfig)]
+    results = sum(mixer.heads * (mixer.head_dim + 1) for mixer in mixers) / size * 4
+    return sums + 2 * (seq - 1) / seq * here * results
 
 
 def _block_weights(case: Case, tokens: int) -> float:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ...attention.backends import backends
+from ...attention.caches.paged import Pages
 from ...attention.caches.policy import Capacity
 from ...model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from ...model.layers import Numerics
@@ -21,6 +22,7 @@ from ...model.stacked import abstract_stacked, period_of
 from ...model.state import page_bytes, snapshot_bytes, state_spec
 from ...sharding.division import Division
 from ...sharding.placement import Placement
+from ...sharding.spreading import Spreading, speeds_of_kind
 from ...sharding.topology import Topology
 from ..buckets import BucketPlan
 from ..build import Build, choose_length, choose_numerics, spare_bytes, usual_page_size, with_length
@@ -152,7 +154,7 @@ class Case:
 
     @property
     def page_size(self) -> int:
-        return self.build.page_size or usual_page_size(self.length)
+        return self.build.page_size or usual_page_size(self.length, self.division.seq)
 
     @property
     def width(self) -> int:
@@ -171,7 +173,20 @@ class Case:
         capacity = Capacity(
             pages, self.page_size, self.seats, self.numerics.dtype, kernels, copies, self.kv_dtype, self.width
         )
-        return self.place.plan.place_state(state_spec(self.config, capacity, self.period), self.place.mesh)
+        specs = state_spec(self.config, capacity, self.period, self.place.cache(Pages()))
+        return self.place.plan.place_state(specs, self.place.mesh)
+
+    @cached_property
+    def spreading(self) -> Spreading | None:
+        """How prompt tokens are spread where devices share texts."""
+        if self.division.seq == 1:
+            return None
+        mixer = next(block.mixer for block in self.config.blocks if isinstance(block.mixer, AttentionConfig))
+        return Spreading.of(
+            self.place, mixer, self.params["blocks"], layers=self.config.num_layers,
+            width=self.numerics.dtype.itemsize, length=self.length, form=self.build.sequence_parallel_form,
+            speeds=speeds_of_kind(self.topology.generation.kind),
+        )  # fmt: skip
 
     @property
     def sampler(self) -> Sampler:
@@ -179,7 +194,9 @@ class Case:
 
     @property
     def buckets(self) -> BucketPlan:
-        return BucketPlan.make(self.seats, max(self.build.max_num_batched_tokens, self.seats + 1))
+        return BucketPlan.make(
+            self.seats, max(self.build.max_num_batched_tokens, self.seats + 1), self.division.seq
+        )
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -254,7 +271,7 @@ def temporaries(case: Case) -> int:
     scores and a copy); and the layer's experts, which the grouped product takes out of the stack before it runs.
     """
     config, size, item = case.config, case.division.size, case.numerics.dtype.itemsize
-    tokens = case.buckets.chunks[-1] + case.seats
+    tokens = case.buckets.chunks[-1] // case.division.seq + case.seats
     widest = max(_features(block.mixer, block.channel) for block in config.blocks)
     layer = tokens * (4 * config.hidden_size + widest // size) * item
     logits = 3 * case.seats * config.vocab_size * 4

@@ -165,10 +165,15 @@ def _alternative(case: Case) -> Alternative:
 def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
     """Whether the engine can be started so, and what to know about it."""
     notes = []
-    size, shares = case.division.size, case.place.kv_shards
+    size, shares = case.division.size, case.place.kv_shards // case.division.seq
     if shares < size and case.kv_bytes:
         notes.append(
             f"{size // shares} devices repeat the keys and values of each KV head: {size} devices share {shares}"
+        )
+    if case.division.seq > 1:
+        notes.append(
+            f"every text is split over {case.division.seq} groups of devices "
+            f"(sequence_parallel_size={case.division.seq}); each reads all weights in every step"
         )
     if case.division.data > 1:
         notes.append(

@@ -170,7 +170,7 @@ def _collective(line: _Line, kind: str, times: int, mesh: dict[str, int], hidden
     groups = device_groups(line.rest)
     shapes = [prod(map(int, dims.split(","))) * BYTES.get(kind_, 4) if dims else BYTES.get(kind_, 4)
               for kind_, dims in _SHAPE.findall(line.type) if kind_ in BYTES]  # fmt: skip
-    if kind == "collective-permute" or groups is None:
+    if groups is None:
         group, axis = prod(mesh.values()), "?"
     else:
         group, axis = len(groups[0]), _axis(groups, mesh)
@@ -180,11 +180,14 @@ def _collective(line: _Line, kind: str, times: int, mesh: dict[str, int], hidden
 
 
 def device_groups(attributes: str) -> list[tuple[int, ...]] | None:
-    """Who meets whom, from `replica_groups=` in any of XLA's three forms; None when there is none.
+    """Who meets whom, from `replica_groups=` in any of XLA's three forms; None when there is none. Of a permute's pairs
+    of sources and targets, those that are joined by any number of hops.
 
     {{0,1},{2,3}} lists; [2,2]<=[2,2]T(1,0) is an iota, reshaped, transposed and cut into rows; mesh['a'=2,'b'=2] {'b'}
     names axes of a row-major mesh.
     """
+    if match := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", attributes):
+        return _joined([tuple(_ints(part)) for part in re.findall(r"\{([\d, ]+)\}", match[1])])
     if match := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes):
         return [tuple(map(int, part.split(","))) for part in re.findall(r"\{([\d, ]+)\}", match[1])]
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
@@ -198,6 +201,15 @@ def device_groups(attributes: str) -> list[tuple[int, ...]] | None:
         if all(name in sizes for name in chosen) and ":" not in match[2]:
             return _over(sizes, tuple(chosen))
     return None
+
+
+def _joined(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Devices that pairs connect, directly or not."""
+    groups: list[set[int]] = []
+    for pair in pairs:
+        touched = [group for group in groups if group.intersection(pair)]
+        groups = [group for group in groups if group not in touched] + [set(pair).union(*touched)]
+    return [tuple(sorted(group)) for group in groups]
 
 
 def _ints(text: str) -> list[int]:
