@@ -98,7 +98,7 @@ def predicted_sent(case: Case, tokens: int) -> float:
     if prompt:
         return sums + (seq - 1) * here * _kv_numbers(case) * seq / case.place.kv_shards * item
     mixers = [block.mixer for block in case.config.blocks if isinstance(block.mixer, AttentionConfig)]
-    results = sum(mixer.heads * (mixer.head_dim + 1) for mixer in mixers) / size * 4
+    results = sum(mixer.heads * (mixer.head_dim + 2) for mixer in mixers) / size * 4
     return sums + 2 * (seq - 1) / seq * here * results
 
 
