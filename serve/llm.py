@@ -194,10 +194,6 @@ class LLM:
             )
         ranks = each(priority, 0, len(items), "priority", int)
         tenants = each(tenant, None, len(items), "tenant", str)
-        if gangs is not None and self.group is not None:
-            raise ValueError(
-                f"searches in lock-step run in one process, and {self.group.count} share this model"
-            )
         if until is not None and len(until) != len(items):
             raise ValueError(f"{len(items)} prompts came with {len(until)} functions `until`; give one each")
         requests: list[Request] = []

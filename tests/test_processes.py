@@ -46,7 +46,7 @@ if index:
 if not llm.follow():
     for refused in (
         lambda: llm.update_weights(llm.engine.programs.params), lambda: llm.save("x"),
-        lambda: llm.generate([[1, 2]], gangs=[None]),
+        lambda: tokenloom.BeamSearch(2).generate(llm, [[1, 2]], SamplingParams(max_tokens=2)),
     ):
         try:
             refused()
@@ -193,7 +193,7 @@ def test_two_processes_equal_one(tmp_path):
     (refused,) = lines(found[1][1], "refused:")
     assert "process 1 of 2: process 0 alone takes requests" in refused
     swap, save, search = lines(found[0][1], "refused:")
-    assert "searches in lock-step run in one process" in search
+    assert "this model is spread over several" in search
     assert "give update_weights the folder's path" in swap and "open it in one process to save it" in save
 
 
