@@ -79,7 +79,9 @@ class Scheduler:
             for one in sequence.members:
                 if budget > 0 and len(chunks) < self.prompt_rows:
                     budget -= self._take(one, budget, chunks)
-        if not chunks and (policy.prefill_first or not decodes):
+        if admitted and not chunks:
+            decodes += [one for one in admitted if one.decoding]
+        elif not chunks and (policy.prefill_first or not decodes):
             decodes = self._decodes()
         if not decodes and not chunks:
             return None
