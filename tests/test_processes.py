@@ -37,6 +37,12 @@ def say(*words):
 """
 
 EQUAL = """
+from tokenloom.serve import build
+from tokenloom.serve.sampling.cyclic_reflex import CyclicReflex
+from tokenloom.serve.sampling.mirostat import Mirostat
+from tokenloom.serve.sampling.processors import LogitBias
+unused = CyclicReflex, Mirostat, LogitBias
+build.CONSTRAINED = tuple(one for one in build.CONSTRAINED if not isinstance(one, unused))  # less to compile
 llm = LLM(small(), tokenizer=tokenizer(), strict=True, tensor_parallel_size=2, **SIZES)
 if index:
     try:
