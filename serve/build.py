@@ -30,7 +30,7 @@ from ..sharding.spreading import Spreading
 from .bounds import Bounds
 from .buckets import BucketPlan
 from .cache_rules import check_model, check_settings, hold, no_prefix_cache
-from .compiled import Compiler, specs
+from .compiled import Artefact, Compiler, specs
 from .depth_rules import check_depth
 from .drafters.controller import Controller
 from .drafters.draft import Drafter, Target
@@ -96,6 +96,8 @@ class Build:
             raise ValueError(
                 f"kv_cache_dtype {self.kv_cache_dtype!r} is not known; choose one of {known}, or None"
             )
+        if self.compiled is not None:
+            Artefact.of(self.compiled)  # a folder that is none is refused before weights are read
         quantised = KV_DTYPES.get(self.kv_cache_dtype or "") in QUANTISED
         check_settings(
             self.cache, quantised=self.kv_cache_dtype if quantised else None, page_size=self.page_size,

@@ -320,7 +320,8 @@ def test_programs_that_are_missing_or_take_other_arguments_are_named(written):
     assert made["score"](jnp.ones(3)).tolist() == [2, 2, 2]
 
 
-def test_folders_without_a_manifest_are_refused(model, copied, tmp_path):
+def test_folders_without_a_manifest_are_refused(model, copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load", lambda *arguments: pytest.fail("weights were read"))
     for folder in (tmp_path / "absent", tmp_path):
         with pytest.raises(
             ValueError, match=r"has no manifest\.json; write one with `tokenloom compile MODEL"
