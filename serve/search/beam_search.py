@@ -125,8 +125,6 @@ class BeamSearch:
         )
         return [_result(gang, output) for gang, output in zip(gangs, outputs)]
 
-    run = generate
-
 
 # Sampling parameters that have no meaning in a search by beams, and their neutral values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
