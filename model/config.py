@@ -206,6 +206,12 @@ class ModelConfig:
         mixers = (block.mixer for block in self.blocks)
         return frozenset((m.heads, m.kv_heads) for m in mixers if isinstance(m, AttentionConfig))
 
+    @property
+    def expert_counts(self) -> frozenset[int]:
+        """The number of experts of each kind of mixture."""
+        channels = (block.channel for block in self.blocks)
+        return frozenset(channel.experts for channel in channels if isinstance(channel, MoEConfig))
+
 
 def llama_config(
     *,

@@ -1,7 +1,7 @@
 """Shared parts: parameters that carry their logical axes, linear layers, norms, embeddings, activations.
 
 Weights are stored [out, in], as checkpoints have them. Logical axes name each dimension ("embed", "heads",
-"kv_heads", "mlp", "vocab", "experts", "layers" or None); `sharding/plan.py` maps them to mesh axes.
+"kv_heads", "mlp", "vocab", "experts", "expert_mlp", "layers" or None); `sharding/plan.py` maps them to mesh axes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import NormConfig, QuantConfig
+from .expert_parallel import ExpertSplit
 from .matmul import matmul
 from .quantised import QuantisedWeight
 
@@ -33,12 +34,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Numerics:
     """How a model is stored and computed: parameter dtype, activation dtype, and the
     platform that it is compiled for ("cpu", "gpu", "tpu"): the target's, never that of the machine at hand.
-    `weights` is how linear layers are stored where that is not in `param_dtype`; the config says it for each part."""
+    `weights` is how linear layers are stored where that is not in `param_dtype`; the config says it for each part.
+    `experts` is the devices that each have some of a mixture's experts, whole; None: whoever computes has all."""
 
     param_dtype: jnp.dtype = jnp.dtype("float32")
     dtype: jnp.dtype = jnp.dtype("float32")
     platform: str = "cpu"
     weights: QuantConfig | None = None
+    experts: ExpertSplit | None = None
 
 
 def param(

@@ -36,6 +36,7 @@ from .drafters.controller import Controller
 from .drafters.draft import Drafter, Target
 from .drafters.speculation import Speculation, check_drafter
 from .engine import Engine
+from .expert_rules import check_expert_parallel, with_experts
 from .fingerprint import devices_of, engine_facts
 from .pages import PageAllocator
 from .policies.policy import Policy
@@ -80,6 +81,7 @@ class Build:
     tensor_parallel_size: int = 1
     sequence_parallel_size: int = 1
     sequence_parallel_form: Form | None = None
+    enable_expert_parallel: bool = False
     cache: CachePolicy = Pages()
     drafter: Drafter | None = None
     controller: Controller | None = None
@@ -103,6 +105,7 @@ class Build:
             self.cache, quantised=self.kv_cache_dtype if quantised else None, page_size=self.page_size,
             devices=self.tensor_parallel_size, parts=self.sequence_parallel_size,
         )  # fmt: skip
+        check_expert_parallel(self.enable_expert_parallel, self.tensor_parallel_size)
         form = self.sequence_parallel_form
         if form is not None and (form not in FORMS or self.sequence_parallel_size == 1):
             raise ValueError(
@@ -124,7 +127,10 @@ class Build:
     def placement(self, config: ModelConfig) -> Placement | None:
         """Where the model lives; None: on the default device. ValueError where it does not split."""
         tensor, sequence = self.tensor_parallel_size, self.sequence_parallel_size
-        return None if self.devices == 1 else Placement.here(tensor, sequence, config.attention_heads)
+        experts = config.expert_counts if self.enable_expert_parallel else None
+        return (
+            None if self.devices == 1 else Placement.here(tensor, sequence, config.attention_heads, experts)
+        )
 
     @property
     def devices(self) -> int:
@@ -296,7 +302,9 @@ def build_engine(
             place, mixer, params["blocks"], layers=config.num_layers, width=numerics.dtype.itemsize, length=length,
             form=build.sequence_parallel_form,
         )  # fmt: skip
-    graphdef, params, period = lay_out(config, numerics, params, alike=cache.abilities.layers_alike)
+    graphdef, params, period = lay_out(
+        config, with_experts(numerics, place), params, alike=cache.abilities.layers_alike
+    )
     if place is not None:
         params = jax.device_put(params, place.params(graphdef, jax.eval_shape(lambda: params)))
     snapshots = choose_snapshots(config, build, numerics.dtype)

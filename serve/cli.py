@@ -169,6 +169,11 @@ def _split_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sequence-parallel-size", type=int, default=1, help="devices to split each text over"
     )
+    command.add_argument(
+        "--enable-expert-parallel",
+        action="store_true",
+        help="experts whole on their devices, of --tensor-parallel-size",
+    )
 
 
 def _device_options(command: argparse.ArgumentParser) -> None:
@@ -233,7 +238,8 @@ def _open(arguments: argparse.Namespace, **settings: Any):
 
 
 def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("tensor_parallel_size", "sequence_parallel_size")}
+    names = ("tensor_parallel_size", "sequence_parallel_size", "enable_expert_parallel")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,20 +61,24 @@ def compile_for(
         )
     if size > where.devices:
         raise ValueError(f"tensor_parallel_size={size}, but {where} has {where.devices} devices; lower it")
-    case = Case.of(models.find(model)[1], where, Division(1, size), build, dtype)
+    case = Case.of(
+        models.find(model)[1], where, Division(1, size, build.enable_expert_parallel), build, dtype
+    )
     if build.num_pages is None and not case.fits:
         raise ValueError(
             f"{case.seats} sequences of {case.length} tokens do not fit on {size} devices of {where}; lower "
             f"max_num_seqs or max_model_len, or name num_pages"
         )
-    return _write_planned(case, where.compile_only()[:size], build.num_pages or case.pages, folder, progress)
+    devices = where.compile_only()[:size]
+    there = replace(case, devices=tuple(devices))
+    return _write_planned(there, devices, build.num_pages or case.pages, folder, progress)
 
 
 def _write_planned(case: Case, devices: list[Any], pages: int, folder: str | Path, progress: bool) -> Path:
     """The programs of an engine that is not built, as `build_engine` would have them on these devices."""
     build, config, chip = case.build, case.config, case.topology.device.chip
     one = SingleDeviceSharding(devices[0])
-    place = None if len(devices) == 1 else case.division.place(config.attention_heads, devices)
+    place = None if len(devices) == 1 else case.place
     kernels = backends(chip) if build.attention_backend is None else named(build.attention_backend, chip)
     copies = 2 * case.seats if snapshot_bytes(config, case.numerics.dtype) else 0
     capacity = Capacity(

@@ -78,6 +78,8 @@ class LLM:
             (`tokenloom.initialize`) the devices of all of them count.
         sequence_parallel_size: devices (or groups of tensor_parallel_size) that each text is split over: every one
             keeps 1/n of all keys and values and computes 1/n of a prompt, for contexts longer than one holds.
+        enable_expert_parallel: mixtures keep their experts whole, 1/n of them on each of the tensor_parallel_size
+            devices, rather than a part of every expert; all else is split as ever.
         sequence_parallel_form: how prompt tokens meet keys on other devices (`attention.forms`): "ring",
             "token_ring", "gather" or "whole"; None: the quickest for each program, by a formula.
         cache: what attention layers remember (`attention.caches`): StreamingLLM, DoubleSparsity and others; None:
@@ -108,7 +110,8 @@ class LLM:
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
         tensor_parallel_size: int = 1, sequence_parallel_size: int = 1,
-        sequence_parallel_form: Form | None = None, cache: CachePolicy | None = None,
+        sequence_parallel_form: Form | None = None, enable_expert_parallel: bool = False,
+        cache: CachePolicy | None = None,
         transforms: Sequence[Transform] = (), drafter: Drafter | None = None, controller: Controller | None = None,
         calibration: Sequence[str | Sequence[int]] | None = None,
         compiled: str | Path | None = None,
@@ -119,7 +122,7 @@ class LLM:
             strict=strict, prefix_cache=prefix_cache, policy=policy, telemetry=Telemetry.of(telemetry),
             overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
             tensor_parallel_size=tensor_parallel_size, sequence_parallel_size=sequence_parallel_size,
-            sequence_parallel_form=sequence_parallel_form,
+            sequence_parallel_form=sequence_parallel_form, enable_expert_parallel=enable_expert_parallel,
             bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
             controller=controller, compiled=compiled,
         )  # fmt: skip

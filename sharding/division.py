@@ -2,25 +2,24 @@
 
     tensor=8            one model over 8 devices: heads, MLP and vocabulary split
     data=2,tensor=4     two replicas of 4 devices each, every one with all weights and its own sequences
-    expert=8            one model over 8 devices: heads and vocabulary split, experts whole on their devices
+    expert=8            one model over 8 devices: as tensor=8, but experts whole on their devices
     seq=8               one model over 8 devices, all weights on each, every text split over them
     seq=2,tensor=4      every text split over two groups of 4 devices, each of which holds all weights
     tensor, data=2      what is left out follows from the number of devices
 
-`tensor` and `seq` run: `LLM(tensor_parallel_size=n, sequence_parallel_size=m)`. Replicas run as one process each.
-`expert` can be planned only.
+All run: `LLM(tensor_parallel_size=n, sequence_parallel_size=m)`, `expert=n` with `enable_expert_parallel=True` beside
+it. Replicas run as one process each.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .placement import Heads, Placement, needs_split
-from .plan import Plan
+from .placement import Experts, Heads, Placement, needs_experts, needs_split
 
 AXES = ("data", "seq", "tensor", "expert")
 
@@ -79,11 +78,15 @@ class Division:
         """Of one replica."""
         return self.size * self.seq
 
-    def place(self, heads: Heads, devices: Sequence[Any] | None = None) -> Placement:
-        """Where one replica lives: on the first of `devices`, or on a mesh to plan with."""
-        split = needs_split(self.size, heads, 4 * self.size, f"plan {self.name!r}")
-        placed = Placement.over(None if devices is None else devices[: self.devices], split, self.seq)
-        return replace(placed, plan=_experts(placed.plan)) if self.experts else placed
+    def place(self, heads: Heads, devices: Sequence[Any] | None = None, experts: Experts = ()) -> Placement:
+        """Where one replica of a model with such heads and `experts` lives: on the first of `devices`, or on a mesh to
+        plan with."""
+        asked = f"plan {self.name!r}"
+        split = needs_split(self.size, heads, 4 * self.size, asked)
+        if self.experts:
+            needs_experts(self.size, experts, heads, 4 * self.size, asked)
+        taken = None if devices is None else devices[: self.devices]
+        return Placement.over(taken, split, self.seq, self.experts)
 
 
 def divisions(devices: int, experts: bool) -> list[Division]:
@@ -91,11 +94,3 @@ def divisions(devices: int, experts: bool) -> list[Division]:
     sizes = [size for size in range(devices, 0, -1) if devices % size == 0]
     kinds = (False, True) if experts else (False,)
     return [Division(devices // size, size, kind) for size in sizes for kind in kinds if size > 1 or not kind]
-
-
-def _experts(plan: Plan) -> Plan:
-    """The same with experts split instead of the features inside them."""
-    table = dict(plan.table)
-    return Plan(
-        "expert", (*((name, axes) for name, axes in plan.table if name != "mlp"), ("experts", table["mlp"]))
-    )

@@ -16,12 +16,15 @@ from ..attention.caches.policy import CachePolicy
 from ..attention.caches.split import Split, SplitPages
 from ..attention.ops import Backend
 from ..attention.sharded import Sharded
-from .plan import GROUPED, TENSOR, Plan, mesh_axes
+from .plan import GROUPED, TENSOR, Plan, mesh_axes, whole_experts
 
 SEQUENCE = "seq"
 
 Heads = Collection[tuple[int, int]]
 """(query heads, KV heads) of each kind of attention layer in a model."""
+
+Experts = Collection[int]
+"""How many experts each kind of mixture in a model has."""
 
 
 def split_heads(size: int, heads: Heads) -> tuple[int, int] | None:
@@ -58,6 +61,23 @@ def needs_split(size: int, heads: Heads, limit: int, asked: str | None = None) -
     return found
 
 
+def needs_experts(size: int, experts: Experts, heads: Heads, limit: int, asked: str) -> None:
+    """ValueError unless every mixture's experts come out whole on `size` devices, with the nearest sizes (up to `limit`
+    devices) over which they and the heads do; `asked` is how the message names what was asked."""
+    if not experts:
+        raise ValueError(
+            f"{asked} keeps experts whole on their devices, but the model has no experts; use the tensor plan alone"
+        )
+    if any(count % size for count in experts):
+        works = (one for one in possible_sizes(heads, limit) if not any(count % one for count in experts))
+        near = sorted(works, key=lambda other: (abs(other - size), -other))[:3]
+        shown = " and ".join(str(count) for count in sorted(set(experts)))
+        raise ValueError(
+            f"{asked} cannot keep experts whole on their devices: {shown} experts do not divide by {size}; the nearest "
+            f"sizes that do are {', '.join(map(str, near))}"
+        )
+
+
 def put(tree: Any, shardings: Any) -> Any:
     """Arrays that every process has whole, or that lie on all processes' devices already -> the same on their
     shardings (None: the default device). Each process makes only the parts of its own devices."""
@@ -81,9 +101,9 @@ class Placement:
     mesh: Mesh | AbstractMesh
 
     @staticmethod
-    def here(tensor: int, sequence: int = 1, heads: Heads = ()) -> Placement:
+    def here(tensor: int, sequence: int = 1, heads: Heads = (), experts: Experts | None = None) -> Placement:
         """Over the first devices: heads, MLP and vocabulary split over `tensor` of them, KV heads as far as they go,
-        and each text over `sequence` such groups."""
+        and each text over `sequence` such groups. `experts`: the model's, to be whole on their devices; None: cut."""
         devices, size = jax.devices(), tensor * sequence
         if size > len(devices):
             asked = (
@@ -96,16 +116,24 @@ class Placement:
                 f"{asked}, but there are {len(devices)} {devices[0].platform} devices; lower it, "
                 f"or start with more devices{hint if devices[0].platform == 'cpu' else ''}"
             )
-        return Placement.over(devices[:size], needs_split(tensor, heads, len(devices)), sequence)
+        split = needs_split(tensor, heads, len(devices))
+        if experts is not None:
+            asked = f"enable_expert_parallel with tensor_parallel_size={tensor}"
+            needs_experts(tensor, experts, heads, len(devices), asked)
+        return Placement.over(devices[:size], split, sequence, experts is not None)
 
     @staticmethod
-    def over(devices: Sequence[Any] | None, split: tuple[int, int], sequence: int = 1) -> Placement:
+    def over(
+        devices: Sequence[Any] | None, split: tuple[int, int], sequence: int = 1, experts: bool = False
+    ) -> Placement:
         """The tensor plan over these devices, also compile-only ones, with `split` from `split_heads`, and texts over
-        `sequence` groups of them. None: a mesh of no devices in particular, to plan with."""
+        `sequence` groups of them; `experts`: whole on their devices. None: a mesh of no devices in particular, to plan
+        with."""
         shares, repeats = split
         plan, sizes, names = (
             (TENSOR, (shares,), ("tensor",)) if repeats == 1 else (GROUPED, split, ("kv", "rep"))
         )
+        plan = whole_experts(plan) if experts else plan
         if sequence > 1:
             sizes, names = (sequence, *sizes), (SEQUENCE, *names)
             plan = Plan(f"sequence, {plan.name}", (*plan.table, ("tokens", SEQUENCE)))
@@ -129,6 +157,11 @@ class Placement:
         """Over how many devices each text is split."""
         axes = mesh_axes(dict(self.plan.table).get("tokens"))
         return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which experts are split whole; none where they are cut, or on every device."""
+        return mesh_axes(dict(self.plan.table).get("experts"))
 
     @property
     def spread(self) -> NamedSharding:

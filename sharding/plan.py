@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..attention.caches.paged import PagedKV
 from ..attention.caches.split import SplitKV
 
-LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "layers", "tokens")
+LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "expert_mlp", "layers", "tokens")
 
 AnyMesh = Mesh | AbstractMesh
 Target = str | tuple[str, ...]
@@ -109,11 +109,25 @@ def _placed(leaf: jax.ShapeDtypeStruct, mesh: AnyMesh, spec: PartitionSpec) -> j
 
 TENSOR = Plan(
     "tensor",
-    (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor")),
-)
+    (
+        ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("expert_mlp", "tensor"),
+        ("vocab", "tensor"),
+    ),
+)  # fmt: skip
 GROUPED = Plan(
     "tensor",
-    (("heads", ("kv", "rep")), ("kv_heads", "kv"), ("mlp", ("kv", "rep")), ("vocab", ("kv", "rep"))),
-)
+    (
+        ("heads", ("kv", "rep")), ("kv_heads", "kv"), ("mlp", ("kv", "rep")), ("expert_mlp", ("kv", "rep")),
+        ("vocab", ("kv", "rep")),
+    ),
+)  # fmt: skip
 """Tensor parallelism over more devices than KV heads: `rep` devices share the query heads of one KV head, and each
 keeps that head's keys and values."""
+
+
+def whole_experts(plan: Plan) -> Plan:
+    """The same with the experts of mixtures split, rather than the features inside them."""
+    return Plan(
+        plan.name.replace("tensor", "expert"),
+        tuple(("experts" if name == "expert_mlp" else name, axes) for name, axes in plan.table),
+    )

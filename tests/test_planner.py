@@ -102,7 +102,9 @@ def test_divisions_by_name():
     assert Division.parse("data=2", 8) == Division.parse("data,tensor=4", 8) == Division(2, 4)
     assert Division.parse("expert=4,data=2", 8) == Division(2, 4, True)
     assert Division.parse("seq=2", 8) == Division.parse("seq,tensor=4", 8) == Division(1, 4, seq=2)
-    assert Division.parse("seq", 8).name == "seq=8" and Division.parse("data=2,seq=2", 8) == Division(2, 2, seq=2)
+    assert Division.parse("seq", 8).name == "seq=8" and Division.parse("data=2,seq=2", 8) == Division(
+        2, 2, seq=2
+    )
     for one in divisions(16, True):
         assert Division.parse(one.name, 16) == one
     for text, reason in (
@@ -110,7 +112,10 @@ def test_divisions_by_name():
             "tensor=3",
             r"covers 1 x 3 of the slice's 16 devices; the nearest that covers all is data=8,tensor=2",
         ),
-        ("seq=3,tensor=4", r"covers 1 x 3 x 4 of the slice's 16 devices; the nearest that covers all is seq=4"),
+        (
+            "seq=3,tensor=4",
+            r"covers 1 x 3 x 4 of the slice's 16 devices; the nearest that covers all is seq=4",
+        ),
         ("seqs=2", "is not known: give auto, or factors such as tensor=16"),
         ("tensor=4,expert=4", "name one of the two"),
         ("tensor=4,tensor=4", "not known"),
@@ -211,13 +216,19 @@ def test_what_cannot_be_names_what_can():
     assert tokenloom.plan("qwen2.5-7b", "v5e:2x4", compile=False).plan == "data=2,tensor=4"
 
 
-def test_experts_whole_on_their_devices_are_planned_only():
+def test_experts_whole_on_their_devices():
+    """They weigh what cut ones do, and a mixture sums one row a token over devices rather than one an expert."""
     report = tokenloom.plan(
         "mixtral-8x7b", "v5p-8", plan="expert=4", max_model_len=4096, max_num_seqs=8, compile=False
     )
-    assert not report.runs and any("planned only" in note for note in report.notes)
+    assert report.runs and any("enable_expert_parallel=True" in note for note in report.notes)
     same = tokenloom.plan("mixtral-8x7b", "v5p-8", max_model_len=4096, max_num_seqs=8, compile=False)
     assert same.runs and same.memory.weights == report.memory.weights
+    assert report.work[0].sent / same.work[0].sent == pytest.approx((1 + 32 + 32) / (1 + 32 + 32 * 2))
+    with pytest.raises(
+        ValueError, match="'expert=8' keeps experts whole on their devices, but the model has no"
+    ):
+        tokenloom.plan("llama-3.1-8b", "v5e:2x4", plan="expert=8", compile=False)
 
 
 def test_floors_count_experts_that_tokens_reach():

@@ -7,16 +7,17 @@ group by group. So a token's output does not depend on its neighbours, and there
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ...attention.batch import Batch
-from ..config import MoEConfig
+from ..config import MoEConfig, QuantConfig
 from ..grouped_matmul import grouped_matmul
 from ..layers import ACTIVATIONS, Linear, Numerics, matrix
-from ..quantised import QuantisedWeight
+from ..quantised import Parts, QuantisedWeight
 
 
 def route(logits: jax.Array, top_k: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
@@ -30,42 +31,71 @@ def route(logits: jax.Array, top_k: int, normalise: bool) -> tuple[jax.Array, ja
     return weights, experts
 
 
+def mixture(
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    matrices: tuple[jax.Array | Parts, ...],
+    first: jax.Array | int,
+    *,
+    activation: str,
+    platform: str,
+    stored: QuantConfig | None,
+) -> jax.Array:
+    """What the experts `first`, first + 1, ... say, whose gate, up and down [X',...] are given, summed by weight.
+
+    x [T,E], weights [T,k] and experts i32[T,k], all different in a row -> [T,E]. Rows that belong to other experts (or
+    to none) sort behind, where the grouped product does not count them.
+    """
+    T, k = experts.shape
+    here = jax.tree.leaves(matrices)[0].shape[0]
+    with jax.named_scope("sort"):
+        local = (experts - first).reshape(-1)
+        chosen = jnp.where((local >= 0) & (local < here), local, here)
+        order = jnp.argsort(chosen, stable=True)
+        sizes = (chosen[:, None] == jnp.arange(here, dtype=jnp.int32)).sum(0, dtype=jnp.int32)
+    with jax.named_scope("experts"):
+        # A token's experts differ, so of its k rows at most as many belong here as there are experts.
+        rows = x[order[: T * min(k, here)] // k]
+        gate, up = (grouped_matmul(rows, w, sizes, platform, stored) for w in matrices[:2])
+        y = grouped_matmul(ACTIVATIONS[activation](gate) * up, matrices[2], sizes, platform, stored)
+    with jax.named_scope("combine"):
+        y = y.at[jnp.argsort(order)].get(mode="fill", fill_value=0).reshape(T, k, -1)
+        return (y * weights[..., None].astype(y.dtype)).sum(1)
+
+
 class MoE(nnx.Module):
-    """x [T,E] -> [T,E]; no memory between tokens. gate and up are [X,I,E], down is [X,E,I]."""
+    """x [T,E] -> [T,E]; no memory between tokens. gate and up are [X,I,E], down is [X,E,I].
+
+    Where `numerics.experts` says so each device has some of the experts, and computes what they say.
+    """
 
     def __init__(self, config: MoEConfig, hidden: int, *, numerics: Numerics, rngs: nnx.Rngs):
         if not 1 <= config.top_k <= config.experts:
             raise ValueError(
                 f"a token cannot use {config.top_k} of {config.experts} experts; choose top_k from 1 to experts"
             )
-        self.config, self.platform = config, numerics.platform
+        self.config, self.platform, self.split = config, numerics.platform, numerics.experts
+        self.stored = numerics.weights
         X, size = config.experts, config.intermediate
         plain = replace(numerics, weights=None)  # rounding would change who is chosen
         self.router = Linear(hidden, X, (None, "embed"), numerics=plain, rngs=rngs)
-        wide, narrow = ("experts", "mlp", "embed"), ("experts", "embed", "mlp")
+        wide, narrow = ("experts", "expert_mlp", "embed"), ("experts", "embed", "expert_mlp")
         self.gate = matrix(rngs, (X, size, hidden), wide, numerics, hidden**-0.5)
         self.up = matrix(rngs, (X, size, hidden), wide, numerics, hidden**-0.5)
         self.down = matrix(rngs, (X, hidden, size), narrow, numerics, size**-0.5)
 
-    def _grouped(self, rows: jax.Array, weight: nnx.Param | QuantisedWeight, sizes: jax.Array) -> jax.Array:
-        """Rows sorted by expert [N,in] through their experts' matrices -> [N,out]."""
-        if isinstance(weight, QuantisedWeight):
-            return grouped_matmul(rows, weight.parts(), sizes, self.platform, weight.config)
-        return grouped_matmul(rows, weight[...], sizes, self.platform)
-
     def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
-        c, T = self.config, x.shape[0]
+        c = self.config
         with jax.named_scope("router"):
             weights, experts = route(self.router(x), c.top_k, c.normalise)
             # Padding tokens choose expert X, which does not exist: their rows sort last and cost nothing.
-            chosen = jnp.where(batch.valid[:, None], experts, c.experts).reshape(-1)
-            order = jnp.argsort(chosen, stable=True)
-            sizes = (chosen[:, None] == jnp.arange(c.experts, dtype=jnp.int32)).sum(0, dtype=jnp.int32)
-        with jax.named_scope("experts"):
-            rows = x[order // c.top_k]
-            gate, up = self._grouped(rows, self.gate, sizes), self._grouped(rows, self.up, sizes)
-            h = ACTIVATIONS[c.activation](gate) * up
-            y = self._grouped(h, self.down, sizes)
-        with jax.named_scope("combine"):
-            y = y[jnp.argsort(order)].reshape(T, c.top_k, -1)
-            return (y * weights[..., None].astype(y.dtype)).sum(1)
+            experts = jnp.where(batch.valid[:, None], experts, c.experts)
+        matrices = tuple(
+            weight.parts() if isinstance(weight, QuantisedWeight) else weight[...]
+            for weight in (self.gate, self.up, self.down)
+        )
+        mix = partial(mixture, activation=c.activation, platform=self.platform, stored=self.stored)
+        if self.split is None:
+            return mix(x, weights, experts, matrices, 0)
+        return self.split.run(mix, x, weights, experts, matrices, batch.spread is not None)

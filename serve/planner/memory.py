@@ -26,6 +26,7 @@ from ...sharding.spreading import Spreading, speeds_of_kind
 from ...sharding.topology import Topology
 from ..buckets import BucketPlan
 from ..build import Build, choose_length, choose_numerics, spare_bytes, usual_page_size, with_length
+from ..expert_rules import with_experts
 from ..sampling.sampler import CONSTRAINED, Sampler
 
 SLACK = 0.01
@@ -123,7 +124,7 @@ class Case:
 
     @cached_property
     def place(self) -> Placement:
-        return self.division.place(self.config.attention_heads, self.devices)
+        return self.division.place(self.config.attention_heads, self.devices, self.config.expert_counts)
 
     @cached_property
     def period(self) -> int:
@@ -131,7 +132,7 @@ class Case:
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, Any]:
-        graphdef, specs = _specs(self.config, self.numerics, self.period)
+        graphdef, specs = _specs(self.config, with_experts(self.numerics, self.place), self.period)
         return graphdef, self.place.plan.place_params(graphdef, specs, self.place.mesh)
 
     @property

@@ -150,7 +150,7 @@ def _report(name: str, case: Case, dtype: str | None, automatic: bool) -> Report
 
 
 def _runs(case: Case) -> bool:
-    return not case.division.experts and (case.topology.hosts == 1 or case.division.data == 1)
+    return case.topology.hosts == 1 or case.division.data == 1
 
 
 def _alternative(case: Case) -> Alternative:
@@ -181,7 +181,11 @@ def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
             f"(tensor_parallel_size={size}); sizes and programs are one replica's"
         )
     if case.division.experts:
-        notes.append("planned only: the engine has no plan that keeps experts whole on their devices")
+        count = "/".join(str(experts // size) for experts in sorted(case.config.expert_counts))
+        notes.append(
+            f"each device has {count} experts of a layer, whole (tensor_parallel_size={size}, "
+            f"enable_expert_parallel=True)"
+        )
     if case.topology.hosts > 1 and case.division.data > 1:
         notes.append(
             f"planned only: {case.topology} spans {case.topology.hosts} hosts, which together run one replica, not "
