@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,11 @@ def blocks(texts: list[str], tokenizer: Tokenizer, count: int, length: int) -> n
 class Reader:
     """Texts [B,T+1] through one cache, a token of each a step."""
 
-    def __init__(self, graph: nnx.GraphDef, config: ModelConfig, cache: CachePolicy, rows: int, length: int):
+    def __init__(
+        self, graph: nnx.GraphDef, config: ModelConfig, cache: CachePolicy, rows: int, length: int,
+        kv_dtype: Any = None,
+    ):  # fmt: skip
+        self.kv_dtype = kv_dtype
         self.rows, self.length, self.config, self.cache = rows, length, config, cache
         self.size = cache.page_size or 128
         self.width = -(-length // self.size)
@@ -83,7 +88,7 @@ class Reader:
         self.run = jax.jit(partial(self._run, graph, pages))
 
     def capacity(self, seats: int) -> Capacity:
-        return Capacity(1 + seats * self.width, self.size, seats, width=self.width)
+        return Capacity(1 + seats * self.width, self.size, seats, width=self.width, kv_dtype=self.kv_dtype)
 
     def _run(self, graph: nnx.GraphDef, pages: np.ndarray, params: Any, tokens: jax.Array) -> jax.Array:
         """params, i32[B,T+1] -> nats f32[T,B] of the successors."""
@@ -97,6 +102,9 @@ class Reader:
                 Shape(self.rows, 1, 0, 0), self.size, tokens=now, lengths=jnp.full(self.rows, place + 1),
                 page_table=jnp.asarray(pages), query_starts=jnp.zeros(1, jnp.int32), seats=seats,
             )  # fmt: skip
+            batch = replace(
+                batch, prompt_lengths=jnp.ones(self.rows, jnp.int32)
+            )  # all but the first is generated
             x, state = model.run(model.embed(now, batch), state, batch, range(model.num_layers))
             scores = jax.nn.log_softmax(model.head(model.normalise(x)), -1)
             return state, -jnp.take_along_axis(scores, target[:, None], -1)[:, 0]
