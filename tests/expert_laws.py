@@ -114,12 +114,17 @@ def owned(llm: LLM, size: int) -> None:
 
 def runs(shape: str, tensor: int, sequence: int, format: str) -> None:
     """An engine with experts on their devices generates what the plain model says, after a swap of weights too."""
-    options = dict(max_num_seqs=2, page_size=16, max_model_len=64, progress=False)
-    asked = dict(max_num_batched_tokens=256 if sequence > 1 else 32, transforms=TRANSFORMS[format], **options)
+    asked = dict(
+        max_num_seqs=2 if sequence == 1 else 1, max_num_batched_tokens=32, page_size=16, max_model_len=64,
+        progress=False, transforms=TRANSFORMS[format],
+    )  # fmt: skip
     llm = LLM.from_config(
         ALL[shape](), 0, strict=True, tensor_parallel_size=tensor, sequence_parallel_size=sequence,
-        enable_expert_parallel=True, **asked,
+        sequence_parallel_form=None if sequence == 1 else "gather", enable_expert_parallel=True, **asked,
     )  # fmt: skip
+    if sequence > 1:
+        programs = llm.engine.programs
+        assert programs.spreading.over(programs.plan.shape(0, programs.plan.chunks[-1])) is not None
     owned(llm, tensor)
     outputs = llm.generate(prompts(4, 5, longest=45), greedy(8))
     if format:

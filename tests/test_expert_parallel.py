@@ -40,17 +40,10 @@ def test_split_layers_equal_whole_ones():
     assert len(law(6, "layer")) == 3 * 2 * 4
 
 
-@pytest.mark.parametrize(
-    "devices, cases",
-    [
-        (4, ["experts,2,1,", "experts,2,2,"]),
-        (6, ["sixths,3,1,", "sixths,6,1,"]),
-        (3, ["sixths,3,1,int8", "sixths,3,1,int4"]),
-    ],
-)
-def test_engines_generate_what_one_device_does(devices, cases):
+@pytest.mark.parametrize("case", ["experts,2,2,", "sixths,6,1,", "sixths,3,1,int4"])
+def test_engines_generate_what_one_device_does(case):
     """Beside texts split over devices, over more devices than KV heads, quantised, after a swap of weights."""
-    assert len(law(devices, "engine", *cases)) == len(cases)
+    assert len(law(6, "engine", case)) == 1
 
 
 def test_one_sum_and_nothing_else_is_sent():
