@@ -124,6 +124,7 @@ def runs(shape: str, tensor: int, sequence: int, format: str) -> None:
     )  # fmt: skip
     if sequence > 1:
         programs = llm.engine.programs
+        assert programs.spreading is not None
         assert programs.spreading.over(programs.plan.shape(0, programs.plan.chunks[-1])) is not None
     owned(llm, tensor)
     outputs = llm.generate(prompts(4, 5, longest=45), greedy(8))
