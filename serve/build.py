@@ -22,7 +22,7 @@ from ..model.config import AttentionConfig, ModelConfig
 from ..model.layers import Numerics
 from ..model.matmul import try_forms
 from ..model.stacked import lay_out
-from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes, state_bytes, state_spec
+from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes
 from ..pallas_kernels.attention.tuned import tiles_folder
 from ..pallas_kernels.chips import Chip
 from ..sharding.placement import Placement, put
@@ -353,40 +353,3 @@ def build_engine(
         overlap=build.overlap is not False,
     )  # fmt: skip
     return config, engine
-
-
-def describe(
-    folder: Path,
-    *,
-    max_model_len: int | None = None,
-    max_num_seqs: int = 8,
-    max_num_batched_tokens: int = 512,
-) -> dict[str, Any]:
-    """What an engine on this checkpoint would be, from its config alone: nothing is loaded or compiled."""
-    config = checkpoint.load_config(folder)[1]
-    numerics = choose_numerics(None, config.dtype)
-    build = Build(max_model_len, max_num_seqs, max_num_batched_tokens)
-    length = choose_length(config, max_model_len)
-    num_pages, page_size = choose_pages(config, build, length, numerics.dtype)
-    leaves = jax.tree.leaves(checkpoint.abstract(config, numerics)[1])
-    snapshots = choose_snapshots(config, build, numerics.dtype)
-    capacity = Capacity(num_pages, page_size, max_num_seqs, numerics.dtype, snapshots=snapshots)
-    plan = BucketPlan.make(max_num_seqs, max(max_num_batched_tokens, max_num_seqs + 1))
-    return {
-        "family": config.model_type,
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "parameters": sum(leaf.size for leaf in leaves),
-        "stored_dtype": config.dtype,
-        "runs_as": f"{numerics.param_dtype} weights, {numerics.dtype} activations",
-        "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-        "state_bytes": state_bytes(state_spec(config, capacity)),
-        "kv_bytes_per_token": page_bytes(config, 1, numerics.dtype),
-        "pages": f"{num_pages - 1} of {page_size} tokens"
-        if page_bytes(config, 1, numerics.dtype)
-        else "none",
-        "max_model_len": length,
-        "max_num_seqs": max_num_seqs,
-        "bucket_plan": str(plan),
-    }

@@ -277,7 +277,7 @@ def _stream(arguments: argparse.Namespace, prompt: Any) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     from ..model import checkpoint
-    from .build import describe
+    from .describe import describe
 
     facts = describe(
         checkpoint.resolve(arguments.model), max_model_len=arguments.max_model_len,

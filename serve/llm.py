@@ -9,19 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-
 from ..attention.caches.paged import Pages
 from ..attention.caches.policy import CachePolicy
 from ..attention.forms import Form
 from ..model import checkpoint
 from ..model.config import ModelConfig
 from ..model.stacked import unstack
-from ..model.transforms.quantisation import parameter_count
 from ..model.transforms.transform import Transform
 from . import chat
 from .bounds import Bounds
 from .build import Build, build_engine, open_model, open_tokenizer
+from .describe import show
 from .drafters.controller import Controller
 from .drafters.draft import Drafter
 from .finish import abort, finish
@@ -414,22 +412,7 @@ class LLM:
     def __repr__(self) -> str:
         if self._closed:
             return f"LLM({self.name!r}, closed)"
-        weights = jax.tree.leaves(self.engine.programs.params)
-        count = parameter_count(self.config)
-        size = sum(leaf.nbytes for leaf in weights) / 1e6
-        pages = self.engine.pages
-        pool = f"{pages.num_pages - 1} pages of {pages.page_size} tokens"
-        cache = f"off ({pages.off})"
-        if pages.sharing:
-            cache = f"on ({pages.hit_tokens} of {pages.lookup_tokens} prompt tokens hit)"
-        without = self.cache.abilities.turned_off
-        kind = f"{self.cache!r}, without {without}; " if without else ""
-        return (
-            f"LLM({self.name!r}: {self.config.model_type}, {count / 1e6:.1f}M parameters, {size:.0f} MB "
-            f"{weights[0].dtype} on {weights[0].device}; max_model_len {self.engine.max_model_len}; "
-            f"{kind}{pool if self.engine.programs.width else 'no pages'}; prefix cache {cache}; "
-            f"{self.engine.programs.plan})"
-        )
+        return show(self.name, self.config, self.cache, self.engine)
 
     # -- inside --------------------------------------------------------------------------------------------
 
