@@ -387,16 +387,14 @@ def ended(tokens: list[int], ends: set[int]) -> list[int]:
 @pytest.mark.parity
 @pytest.mark.parametrize("width,penalty,early", [(4, 1.0, False), (3, 0.5, True), (4, 2.0, "never")])
 def test_equals_transformers(width, penalty, early, tmp_path):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(3)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, eos_token_id=list(range(1, 25)),
         bos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     llm = LLM(
         tmp_path, dtype="float32", max_num_seqs=4, page_size=8, skip_tokenizer_init=True, progress=False
