@@ -93,7 +93,9 @@ class TpuKernels:
         if view.layout == "transposed":
             raise NotImplementedError("keys are transposed inside a page; the kernel wants rows or pairs")
         if view.parts > 1:
-            raise NotImplementedError("keys have gaps (pages shared token by token); the kernel counts on none")
+            raise NotImplementedError(
+                "keys have gaps (pages shared token by token); the kernel counts on none"
+            )
         if self.chip.platform != "tpu":
             raise NotImplementedError(f"compiled for {self.chip.name}: this kernel is for TPU")
         if not self.interpret and size % (32 // kv_dtype.itemsize):

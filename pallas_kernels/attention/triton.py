@@ -82,7 +82,9 @@ class TritonKernels:
         """The tiles of a case; NotImplementedError for what the kernels cannot do, ValueError for what is wrong."""
         heads, dim = q.shape[-2:]
         if view.parts > 1:
-            raise NotImplementedError("keys have gaps (pages shared token by token); the kernels count on none")
+            raise NotImplementedError(
+                "keys have gaps (pages shared token by token); the kernels count on none"
+            )
         if view.layout != "rows" or view.v_pages is None:
             raise NotImplementedError(f"pages lie {view.layout!r}; the Triton kernels read 'rows'")
         if heads % view.kv_heads or dim != view.k_pages.shape[-1]:
