@@ -9,11 +9,12 @@ a device sends a layer. Seconds: `attention.forms`, a layer of a model on TPU v5
 
 from __future__ import annotations
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from common import table
 from tokenloom.attention.batch import Shape
 from tokenloom.attention.flat import KEYS, QUERIES, Marks, meets
 from tokenloom.attention.forms import FORMS, Load, choose
@@ -49,34 +50,24 @@ def busiest(places: np.ndarray, length: int) -> float:
 
 
 def main() -> None:
-    console = Console()
-    table = Table(
-        title="busiest device of each hop over a fair share, one causal prompt of 1,024 tokens a device"
-    )
-    for name in ("devices", "zigzag", "one run each"):
-        table.add_column(name, justify="right")
+    rows = [("busiest device of each hop over a fair share", "zigzag", "one run of tokens each")]
     for devices in (2, 4, 8, 16):
         length = 1024 * devices
         zigzag = order(Shape(0, 1, 1, length), devices).reshape(devices, -1)
         runs = np.arange(length, dtype=np.int32).reshape(devices, -1)
-        table.add_row(str(devices), *(f"{busiest(places, length):.3f}" for places in (zigzag, runs)))
-    console.print(table)
-    table = Table(
-        title="a layer over 8 devices: bytes a device sends (ring; queries and results), microseconds by form"
-    )
-    for name in ("layer", "links", "tokens", "stored", "ring MB", "queries MB", *FORMS, "chosen"):
-        table.add_column(name, justify="right")
-    for (layer, (heads, kv_heads, parameters)), (links, speeds) in (
-        (one, two) for one in LAYERS.items() for two in LINKS.items()
-    ):
+        shares = (f"{busiest(places, length):.3f}" for places in (zigzag, runs))
+        rows.append((f"{devices} devices of 1,024 tokens", *shares))
+    print(table(rows))
+    rows = [("layer", "links", "tokens", "stored", "ring MB", "queries MB", *FORMS, "chosen")]
+    for (layer, (heads, kv_heads, parameters)), (links, speeds) in product(LAYERS.items(), LINKS.items()):
         for tokens, stored in CASES:
             load = Load(8, tokens, stored, heads, kv_heads, 128, 2, parameters)
             ring = 7 * 2 * tokens / 8 * kv_heads * 128 * 2
             queries = 7 * tokens / 8 * heads * (128 * 2 + 129 * 4)
             times = [f"{1e6 * load.seconds(form, speeds):,.0f}" for form in FORMS]
             numbers = f"{tokens:,}", f"{stored:,}", f"{ring / 1e6:.1f}", f"{queries / 1e6:.1f}"
-            table.add_row(layer, links, *numbers, *times, choose(load, speeds))
-    console.print(table)
+            rows.append((layer, links, *numbers, *times, choose(load, speeds)))
+    print(f"\nover 8 devices; microseconds of a layer by form\n{table(rows)}")
 
 
 if __name__ == "__main__":

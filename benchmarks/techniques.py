@@ -200,7 +200,7 @@ class Bench:
         size = sum(len(self.raw.decode(row[half:].tolist()).encode()) for row in tokens)
         rows = [("technique", "tokens a step", "KV bytes a token", "weight bytes", "bits a byte")]
         places, losses, full, plain_weights = {}, {}, 0.0, 0
-        for technique in (PLAIN, *self.wanted):
+        for technique in (PLAIN, *(one for one in self.wanted if one.sampling is GREEDY)):
             with opened("demo", technique, self.texts) as llm:
                 plain_weights = plain_weights or weights(llm)
                 kept = weights(llm) / plain_weights

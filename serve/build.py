@@ -242,7 +242,7 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
 
 def usual_page_size(length: int, parts: int = 1) -> int:
     """Tokens a page for sequences of up to `length` tokens. A page that `parts` devices share is short enough for
-    texts of full length to be shared within 3 %."""
+    texts of full length, from 512 tokens a device on, to be shared within 1/32."""
     return min(128, max(16, length)) if parts == 1 else parts * min(128, max(16, length // (32 * parts)))
 
 
@@ -278,6 +278,18 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def allocator(
+    config: ModelConfig, build: Build, cache: CachePolicy, capacity: Capacity, length: int
+) -> PageAllocator:
+    """Who owns which page, and whether contents are shared; ValueError where that was asked for and cannot be."""
+    size, snapshots = capacity.page_size, capacity.snapshots
+    off = check_depth(config, cache, build.drafter, build.prefix_cache) or no_prefix_cache(
+        cache, build.prefix_cache, length=length, page_size=size, recurrent=config.recurrent, snapshots=snapshots,
+    )  # fmt: skip
+    copies = Snapshots(snapshots, size) if snapshots and off is None else None
+    return PageAllocator(capacity.num_pages, size, off=off, snapshots=copies, hold=hold(cache.abilities))
+
+
 def build_engine(
     config: ModelConfig, numerics: Numerics, params: Any, tokenizer: Tokenizer | None, build: Build,
     make_programs: Callable[..., Programs] = Programs,
@@ -294,23 +306,19 @@ def build_engine(
     slack = 0 if build.drafter is None else max(shape.slots for shape in build.drafter.shapes)
     width = -(-(length + slack) // page_size) if page_bytes(config, page_size, stored, cache) else 0
     place = build.placement(config)
-    spreading = None
-    if place is not None and place.sequence > 1:
-        cache = place.cache(cache)
-        mixer = next(block.mixer for block in config.blocks if isinstance(block.mixer, AttentionConfig))
-        spreading = Spreading.of(
-            place, mixer, params["blocks"], layers=config.num_layers, width=numerics.dtype.itemsize, length=length,
-            form=build.sequence_parallel_form,
-        )  # fmt: skip
+    cache = cache if place is None else place.cache(cache)
+    spreading = Spreading.of(
+        place, config, params["blocks"], width=numerics.dtype.itemsize, length=length,
+        form=build.sequence_parallel_form,
+    )  # fmt: skip
     graphdef, params, period = lay_out(
         config, with_experts(numerics, place), params, alike=cache.abilities.layers_alike
     )
     if place is not None:
         params = jax.device_put(params, place.params(graphdef, jax.eval_shape(lambda: params)))
-    snapshots = choose_snapshots(config, build, numerics.dtype)
     capacity = Capacity(
-        num_pages, page_size, build.max_num_seqs, numerics.dtype, build.backends(place), snapshots,
-        stored, width,
+        num_pages, page_size, build.max_num_seqs, numerics.dtype, build.backends(place),
+        choose_snapshots(config, build, numerics.dtype), stored, width,
     )  # fmt: skip
     empty = partial(make_state, config, capacity, period, cache)
     spec = jax.eval_shape(empty)
@@ -325,12 +333,7 @@ def build_engine(
     if numerics.platform == "cpu" and compiler.artefact is None:
         try_forms(params)
     state = compiler.start("state", empty, None if place is None else place.state(spec))
-    off = check_depth(config, cache, build.drafter, build.prefix_cache) or no_prefix_cache(
-        cache, build.prefix_cache, length=length, page_size=page_size, recurrent=config.recurrent,
-        snapshots=snapshots,
-    )  # fmt: skip
-    copies = Snapshots(snapshots, page_size) if snapshots and off is None else None
-    pages = PageAllocator(num_pages, page_size, off=off, snapshots=copies, hold=hold(cache.abilities))
+    pages = allocator(config, build, cache, capacity, length)
     speculation = None
     if build.drafter is not None:
         check_drafter(build.drafter, cache, config, devices=build.devices)

@@ -130,7 +130,7 @@ class Programs:
 
     def _jobs(self) -> dict[Any, Job]:
         """The programs by key."""
-        plan, hidden = self.plan, jax.eval_shape(self._hidden, self.params)
+        plan, hidden = self.plan, jax.eval_shape(self.hidden, self.params)
         params, state, sampler_state = specs(self.params), specs(self.state), specs(self.sampler_state)
         given = partial(jax.ShapeDtypeStruct, sharding=self.whole)
         row = jax.tree.map(
@@ -178,7 +178,8 @@ class Programs:
             jobs |= self.speculation.jobs(self, build, specs, ints, places(state))
         return jobs
 
-    def _hidden(self, params: Any) -> jax.Array:
+    def hidden(self, params: Any) -> jax.Array:
+        """A row of x as the head takes it, [1,E]; only its shape and dtype say something."""
         model = nnx.merge(self.graphdef, params)
         return model.normalise(jnp.zeros((1, model.config.hidden_size), model.numerics.dtype))
 

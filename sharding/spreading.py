@@ -47,13 +47,16 @@ class Spreading:
 
     @staticmethod
     def of(
-        place: Placement, attention: Any, blocks: Any, *, layers: int, width: int, length: int,
-        form: Form | None = None, speeds: Speeds | None = None,
-    ) -> Spreading:  # fmt: skip
-        """For one kind of attention layer (heads, kv_heads, head_dim); `blocks`: the parameters of all `layers`, and
-        `width`: bytes of a number; `length`: max_model_len; `speeds` None: those of the mesh's devices."""
-        tensor = place.mesh.size // place.sequence
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(blocks)) // layers
+        place: Placement | None, config: Any, blocks: Any, *, width: int, length: int, form: Form | None = None,
+        speeds: Speeds | None = None,
+    ) -> Spreading | None:  # fmt: skip
+        """For a model of attention layers (`ModelConfig`) that lives at `place`; None where its texts are not split.
+        blocks: the parameters of all layers; width: bytes of a number; length: max_model_len; speeds None: those of
+        the mesh's devices."""
+        if place is None or place.sequence == 1:
+            return None
+        attention, tensor = config.blocks[0].mixer, place.mesh.size // place.sequence
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(blocks)) // config.num_layers
         load = Load(
             place.sequence, 0, 0, -(-attention.heads // tensor), -(-attention.kv_heads // tensor),
             attention.head_dim, width, parameters // tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import subprocess
@@ -24,6 +23,7 @@ from tokenloom.model.families.common import Source
 from tokenloom.model.layers import Numerics
 from tokenloom.model.stored import INDEX, SINGLE, open_checkpoint
 from tokenloom.tests import families
+from tokenloom.tests.devices import run_on
 
 RAW = {
     "model_type": "llama",
@@ -380,10 +380,8 @@ print(len(jax.devices()), "devices")
 
 def test_on_eight_devices_loading_and_orbax_keep_every_number(tmp_path):
     write(tmp_path / "stored", stored_tensors(RAW))
-    command = [sys.executable, "-c", SHARDED, str(tmp_path / "stored"), str(tmp_path / "orbax")]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert ran.stdout == "8 devices\n", ran.stderr[-3000:]
+    printed = run_on(8, "-c", SHARDED, str(tmp_path / "stored"), str(tmp_path / "orbax"))
+    assert printed == "8 devices\n"
 
 
 def test_only_the_shards_asked_for_are_read(tmp_path, monkeypatch):

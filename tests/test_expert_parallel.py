@@ -1,9 +1,5 @@
 """Any plan = one device: experts whole on their devices, in layers and engines; refusals."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,20 +15,14 @@ from tokenloom.model.layers import Numerics
 from tokenloom.serve.build import Build
 from tokenloom.sharding.division import Division
 from tokenloom.sharding.placement import Placement, needs_experts
+from tokenloom.tests.devices import run_on
 from tokenloom.tests.shapes import ALL
 
 
 def law(devices, *arguments):
     """Lines of `tests.expert_laws` in a process with so many devices."""
-    env = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
-    command = [sys.executable, "-m", "tokenloom.tests.expert_laws", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith("equal")]
+    printed = run_on(devices, "-m", "tokenloom.tests.expert_laws", *arguments)
+    return [line for line in printed.splitlines() if line.startswith("equal")]
 
 
 def test_split_layers_equal_whole_ones():

@@ -1,8 +1,5 @@
 """Any plan = one device: texts split over devices, in every form; equal work; the cost formula; refusals."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import jax
@@ -20,20 +17,13 @@ from tokenloom.attention.ops import AttentionSpec
 from tokenloom.attention.spread import order, spreads
 from tokenloom.serve.cache_rules import check_model
 from tokenloom.serve.drafters.speculation import check_drafter
+from tokenloom.tests.devices import run_on
 from tokenloom.tests.shapes import ALL
 
 
 def law(devices, *arguments):
     """Lines of `tests.split_laws` in a process with so many devices."""
-    env = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
-    command = [sys.executable, "-m", "tokenloom.tests.split_laws", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return run_on(devices, "-m", "tokenloom.tests.split_laws", *arguments).splitlines()
 
 
 def test_split_pages_equal_whole_pages():

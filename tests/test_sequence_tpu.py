@@ -50,9 +50,7 @@ def compiled(topology, form, shape):
     place = Placement.over(devices, (1, 1), len(devices))
     graphdef, specs = abstract_stacked(config, Numerics(dtype, dtype, platform="tpu"), period)
     params = place.plan.place_params(graphdef, specs, place.mesh)
-    spreading = Spreading.of(
-        place, config.blocks[0].mixer, specs["blocks"], layers=4, width=2, length=LENGTH, form=form
-    )
+    spreading = Spreading.of(place, config, specs["blocks"], width=2, length=LENGTH, form=form)
     capacity = Capacity(
         SEATS * width + 1, page, SEATS, dtype, backends(Chip.of(devices[0])), width=width, kv_dtype=dtype
     )

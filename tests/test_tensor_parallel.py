@@ -1,12 +1,9 @@
 """Any plan = one device: models split over two devices generate what the plain model says."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from tokenloom import LLM
 from tokenloom.sharding.placement import needs_split, possible_sizes, split_heads
+from tokenloom.tests.devices import run_on
 from tokenloom.tests.shapes import ALL
 
 SPLIT = """
@@ -45,11 +42,7 @@ for shape, size, more in CASES:
 def test_split_models_equal_whole_ones():
     """KV heads split, and, where devices are more than KV heads, repeated: 2 x 2 and 2 x 4 devices."""
     cases = [("experts", 2, {}), ("hybrid", 4, {}), ("grouped", 8, {})]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    code = SPLIT.replace("CASES", repr(cases))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == len(cases)
+    assert run_on(8, "-c", SPLIT.replace("CASES", repr(cases))).count("equal") == len(cases)
 
 
 def test_sizes_that_cannot_be_are_refused():

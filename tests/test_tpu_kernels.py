@@ -1,8 +1,5 @@
 """The TPU kernel against float64, interpreted on CPU: one core and two, memory as NaN, races."""
 
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import jax
@@ -17,6 +14,7 @@ from tokenloom.pallas_kernels.attention.tpu import TpuKernels
 from tokenloom.pallas_kernels.attention.worklist import flatten, prompt_ranges, row_ranges
 from tokenloom.pallas_kernels.chips import TPUS
 from tokenloom.tests.attention_cases import CASES, build, check, drawn, run
+from tokenloom.tests.devices import run_on
 from tokenloom.tests.interpreter import raced, simulated
 
 V5E, V4 = TPUS["TPU v5e"], TPUS["TPU v4"]
@@ -118,10 +116,7 @@ except NotImplementedError as reason:
 
 
 def test_heads_split_over_a_mesh():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "1 KV heads do not split over 2 devices of axis 'tensor'" in done.stdout
+    assert "1 KV heads do not split over 2 devices of axis 'tensor'" in run_on(2, "-c", ON_A_MESH)
 
 
 @pytest.mark.parametrize("segment, cores, window", [(0, 1, None), (16, 2, None), (32, 3, 20)])

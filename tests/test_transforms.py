@@ -1,9 +1,6 @@
 """Laws of transforms, over all of them, and what each format promises."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -27,6 +24,7 @@ from tokenloom.model.transforms.calibration import windows
 from tokenloom.model.transforms.outlier_suppression_plus import can_shift, fold, units
 from tokenloom.model.transforms.transform import assemble, from_record, leaves_of, to_record
 from tokenloom.model.transforms.unified_layer_skipping import reserved
+from tokenloom.tests.devices import run_on
 from tokenloom.tests.engines import greedy, prompts, same_tokens
 from tokenloom.tests.shapes import ALL, VOCAB, llama
 
@@ -402,10 +400,7 @@ for transform in (Int8(activations=None), Int4(group_size=16)):
 
 
 def test_codes_and_scales_split_with_their_weight():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SPLIT], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2
+    assert run_on(2, "-c", SPLIT).count("equal") == 2
 
 
 def test_experts_are_rounded_and_routers_are_not():

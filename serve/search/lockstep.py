@@ -166,7 +166,7 @@ def compile_programs(programs: Programs, beams: int, groups: int) -> None:
         placed = {} if programs.whole is None else {"out_shardings": out}
         return Job(jax.jit(function, donate_argnums=donate, **placed), args)
 
-    x = jax.eval_shape(programs._hidden, programs.params)
+    x = jax.eval_shape(programs.hidden, programs.params)
     rows, state = given((beams,), jnp.int32), specs(programs.state)
     copying = partial(copy_pages, layers=tuple(entry.layers for entry in programs.state))
     jobs = {
