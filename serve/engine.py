@@ -55,6 +55,7 @@ class Engine:
         self.bounds, self.deadlines = bounds, Deadlines()
         self.cancelled: deque[Request] = deque()
         self.in_flight: Launched | None = None
+        self.due: Launched | None = None
         self.weight_version = 0
         self.broken: str | None = None
         self.reported: list[Sample] = []
@@ -124,11 +125,21 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return self.scheduler.busy or self.in_flight is not None
+        return self.scheduler.busy or self.in_flight is not None or self.due is not None
+
+    @property
+    def replicas(self) -> tuple[Engine, ...]:
+        """The engines that this one is made of (`serve.replicas`)."""
+        return (self,)
 
     def step(self) -> list[Sample]:
         """Schedule and dispatch one step, then read the previous one (without `overlap` that same one); returns
         the samples that advanced or ended since the last call."""
+        self.dispatch()
+        return self.collect()
+
+    def dispatch(self) -> None:
+        """The first half of a step: schedule and dispatch; what is `due` then waits to be read."""
         if self.broken is not None:
             raise RuntimeError(self.broken)
         with self.programs.compilations.watch():
@@ -137,8 +148,13 @@ class Engine:
             self.settle()
             work = self.scheduler.schedule()
             launched = None if work is None else self.launch(work)
-            previous, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
-            advanced = [] if previous is None else self.postprocess(previous)
+            self.due, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
+
+    def collect(self) -> list[Sample]:
+        """The second half: read what is due, which waits for the device."""
+        due, self.due = self.due, None
+        with self.programs.compilations.watch():
+            advanced = [] if due is None else self.postprocess(due)
             reported, self.reported = self.reported, []
             return reported + advanced
 
@@ -237,6 +253,7 @@ class Engine:
     def swap_weights(self, swap: Callable[[], None], version: int) -> None:
         """Between two steps: read the step in flight, run `swap`, and forget all that the old weights computed.
         Running sequences wait in their order and are recomputed from their tokens."""
+        self.reported = self.collect()
         self._read_in_flight()
         for sequence in reversed(self.scheduler.running[:]):
             if sequence.seat >= 0:

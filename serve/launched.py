@@ -52,6 +52,11 @@ class Launched:
         if sampled.count is not None:
             sampled.count.copy_to_host_async()
 
+    @property
+    def ready(self) -> bool:
+        """Whether `read` need not wait."""
+        return self.sampled.token.is_ready()
+
     def read(self, tokenizer: Tokenizer | None) -> Iterator[tuple[Sequence, list[Emitted]]]:
         """What each sequence emitted, where it is the generation that was dispatched still. Waits for the device."""
         sampled = self.sampled

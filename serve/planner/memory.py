@@ -26,6 +26,7 @@ from ...sharding.spreading import Spreading, speeds_of_kind
 from ...sharding.topology import Topology
 from ..buckets import BucketPlan
 from ..build import Build, choose_length, choose_numerics, spare_bytes, usual_page_size, with_length
+from ..cache_rules import check_model
 from ..expert_rules import with_experts
 from ..sampling.sampler import CONSTRAINED, Sampler
 
@@ -108,6 +109,8 @@ class Case:
     ) -> Case:
         """With max_model_len within what the checkpoint can do: 8,192 unless given."""
         length = choose_length(config, build.max_model_len or min(8192, config.max_position))
+        budget = build.max_num_batched_tokens
+        check_model(Pages(), config, length=length, budget=budget, parts=division.seq)
         numerics = choose_numerics(dtype, config.dtype, "tpu")
         return Case(
             with_length(config, length), numerics, topology, division, replace(build, max_model_len=length)
@@ -180,13 +183,9 @@ class Case:
     @cached_property
     def spreading(self) -> Spreading | None:
         """How prompt tokens are spread where devices share texts."""
-        if self.division.seq == 1:
-            return None
-        mixer = next(block.mixer for block in self.config.blocks if isinstance(block.mixer, AttentionConfig))
         return Spreading.of(
-            self.place, mixer, self.params["blocks"], layers=self.config.num_layers,
-            width=self.numerics.dtype.itemsize, length=self.length, form=self.build.sequence_parallel_form,
-            speeds=speeds_of_kind(self.topology.generation.kind),
+            self.place, self.config, self.params["blocks"], width=self.numerics.dtype.itemsize, length=self.length,
+            form=self.build.sequence_parallel_form, speeds=speeds_of_kind(self.topology.generation.kind),
         )  # fmt: skip
 
     @property

@@ -26,8 +26,8 @@ class MeasuredEngine(Engine):
         self._flights: deque[Flight] = deque()  # dispatched and not read: two for a moment, else one
         self._sent, self._rested = 0.0, True
 
-    def step(self) -> list[Sample]:
-        advanced = super().step()
+    def collect(self) -> list[Sample]:
+        advanced = super().collect()
         if not self.busy:
             self._rested = True
             self.telemetry.write(flush=True)
