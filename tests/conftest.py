@@ -1,4 +1,7 @@
-"""Compiled programs are given back before the process runs out of memory mappings.
+"""Programs are compiled quickly, and given back before the process runs out of memory mappings.
+
+Compiling is most of what tests do, so they ask XLA for little optimisation, unless XLA_FLAGS is set: with `XLA_FLAGS=`
+pytest runs the programs that users run, in about three times the time.
 
 XLA on CPU maps each compiled function by itself: an engine holds thousands of mappings, Linux allows a process
 65,530, and behind that compiling crashes. So the caches that test modules keep are emptied when many are in use.
@@ -7,12 +10,16 @@ XLA on CPU maps each compiled function by itself: an engine holds thousands of m
 import functools
 import gc
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
+from tokenloom.tests.devices import QUICK
+
+os.environ.setdefault("XLA_FLAGS", QUICK)  # read when the first array is made
 
 HERE = Path(__file__).resolve().parent
 MAPPINGS = Path("/proc/self/maps")

@@ -19,10 +19,10 @@ from tokenloom.model.config import ModelConfig, llama_config
 from tokenloom.serve.channel import Door, Message, Wire, enter
 from tokenloom.serve.processes import EXIT_CODE, Group
 from tokenloom.serve.tokenizer import Tokenizer
+from tokenloom.tests.devices import QUICK
 
 SIZES = dict(max_num_seqs=2, max_num_batched_tokens=16, page_size=16, max_model_len=96, progress=False)
 ALONE = SIZES | dict(max_num_seqs=1)
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SECONDS = 240
 
 START = """
