@@ -17,9 +17,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from tokenloom.tests.devices import QUICK
+from tokenloom.tests.devices import LITTLE, QUICK
 
-os.environ.setdefault("XLA_FLAGS", QUICK)  # read when the first array is made
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 HERE = Path(__file__).resolve().parent
 MAPPINGS = Path("/proc/self/maps")
@@ -38,6 +38,14 @@ def forget() -> None:
                 value.cache_clear()
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flags_are_read() -> None:
+    """JAX reads XLA_FLAGS with its first array; libtpu and other processes, which read them later, get LITTLE."""
+    jax.block_until_ready(jax.numpy.zeros(()))
+    if os.environ["XLA_FLAGS"] == QUICK:
+        os.environ["XLA_FLAGS"] = LITTLE
 
 
 @pytest.fixture(scope="session")
