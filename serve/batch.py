@@ -127,8 +127,9 @@ class _Job:
         self.salt = digest(repr(sorted(results.settings.items()))).to_bytes(16, "big")
         self.arrived: queue.SimpleQueue[tuple[_Open, int, Update]] = queue.SimpleQueue()
         self.running = 0  # generations that were handed to the driver and are not back
-        bounds, seats = llm.engine.bounds, llm.engine.programs.plan.max_num_seqs
-        self.ahead = min(3 * seats + 8, bounds.max_waiting or 3 * seats + 8)
+        replicas, most = llm.engine.replicas, llm.engine.bounds.max_waiting
+        wanted = 3 * sum(one.programs.plan.max_num_seqs for one in replicas) + 8
+        self.ahead = wanted if most is None else min(wanted, most * len(replicas))
         self.summary = BatchSummary(earlier=len(results.done), failed_earlier=results.failed)
 
     # -- the input -----------------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def _aborted(output: RequestOutput) -> bool:
 
 def _settings(llm: LLM, names: Sequence[str], seed: int, shard: tuple[int, int]) -> dict[str, Any]:
     """What the results depend on. Batch sizes are left out: a sample does not depend on its company."""
-    weights = llm.engine.programs.params
+    weights = llm.engine.replicas[0].programs.params
     return {
         "format": 1,
         "model": Path(names[0]).name,

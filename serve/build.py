@@ -37,7 +37,7 @@ from .drafters.draft import Drafter, Target
 from .drafters.speculation import Speculation, check_drafter
 from .engine import Engine
 from .expert_rules import check_expert_parallel, with_experts
-from .fingerprint import devices_of, engine_facts
+from .fingerprint import engine_facts
 from .pages import PageAllocator
 from .policies.policy import Policy
 from .programs import Programs
@@ -61,7 +61,7 @@ RECURRENT_BLOCK, REMEMBERED_BLOCKS = 64, 1 << 16
 @dataclass(frozen=True)
 class Build:
     """The settings of an engine; None means chosen from the model and the device. pool_bytes: what the KV pool of a
-    device may take, where several processes have agreed on it."""
+    device may take, where several processes have agreed on it. replica: which of `data_parallel_size` it is."""
 
     max_model_len: int | None = None
     max_num_seqs: int = 8
@@ -86,10 +86,12 @@ class Build:
     drafter: Drafter | None = None
     controller: Controller | None = None
     pool_bytes: int | None = None
+    data_parallel_size: int = 1
+    replica: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")
-        for name in (*sizes, "tensor_parallel_size", "sequence_parallel_size"):
+        for name in (*sizes, "tensor_parallel_size", "sequence_parallel_size", "data_parallel_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
@@ -119,7 +121,7 @@ class Build:
 
     def backends(self, place: Placement | None = None) -> tuple[Backend, ...]:
         """Attention back ends for the default device or those of `place`, in the order in which they are tried."""
-        chip = Chip.of(jax.devices()[0])
+        chip = Chip.of(self.device)
         named_one = self.attention_backend
         found = backends(chip, tiles_folder()) if named_one is None else named(named_one, chip)
         return found if place is None else place.backends(found)
@@ -128,14 +130,26 @@ class Build:
         """Where the model lives; None: on the default device. ValueError where it does not split."""
         tensor, sequence = self.tensor_parallel_size, self.sequence_parallel_size
         experts = config.expert_counts if self.enable_expert_parallel else None
-        return (
-            None if self.devices == 1 else Placement.here(tensor, sequence, config.attention_heads, experts)
-        )
+        if self.devices == 1:
+            return None
+        first = self.replica * self.devices
+        return Placement.here(tensor, sequence, config.attention_heads, experts, first)
 
     @property
     def devices(self) -> int:
         """Over how many devices the model is split."""
         return self.tensor_parallel_size * self.sequence_parallel_size
+
+    @property
+    def device(self) -> Any:
+        """The first of its devices in this process."""
+        return jax.local_devices()[self.replica * self.devices]
+
+    def whole(self, place: Placement | None) -> jax.sharding.Sharding | None:
+        """Where all lies that is not split; None: on the default device."""
+        if place is not None:
+            return place.whole
+        return jax.sharding.SingleDeviceSharding(self.device) if self.replica else None
 
     def shardings(self, config: ModelConfig, numerics: Numerics) -> Any:
         """The sharding of each parameter of the checkpoint; None: the default device."""
@@ -236,7 +250,7 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
         return build.num_pages, size
     place = build.placement(config)
     shards = 1 if place is None else place.kv_shards
-    room = build.pool_bytes or pool_bytes()
+    room = build.pool_bytes or pool_bytes(build.device)
     return max(2, min(wanted, room * shards // bytes_a_page)), size
 
 
@@ -252,12 +266,12 @@ def choose_snapshots(config: ModelConfig, build: Build, dtype: jnp.dtype) -> int
     size = snapshot_bytes(config, dtype)
     if size == 0 or build.prefix_cache is False or not build.cache.abilities.may_share_prefix:
         return 0
-    return min(2 * build.max_num_seqs, (build.pool_bytes or pool_bytes()) // (4 * size))
+    return min(2 * build.max_num_seqs, (build.pool_bytes or pool_bytes(build.device)) // (4 * size))
 
 
-def pool_bytes() -> int:
-    """Bytes that the KV pool may take on this process's first device."""
-    device = jax.local_devices()[0]
+def pool_bytes(device: Any = None) -> int:
+    """Bytes that the KV pool may take on a device of this process; None: its first."""
+    device = jax.local_devices()[0] if device is None else device
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
         return DEFAULT_POOL_BYTES
@@ -324,7 +338,7 @@ def build_engine(
     spec = jax.eval_shape(empty)
     sampler = Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED)
     mesh = None if place is None else place.mesh
-    devices = devices_of(mesh)
+    devices = [build.device] if place is None else place.devices
     facts = partial(
         engine_facts, devices, config, numerics, build, capacity, length=length, budget=budget, mesh=mesh,
         sampler=sampler, params=specs(params), state=spec,
@@ -346,7 +360,7 @@ def build_engine(
         BucketPlan.make(build.max_num_seqs, budget, build.sequence_parallel_size),
         compiler=compiler,
         page_size=page_size, width=width, period=period, strict=build.strict,
-        whole=None if place is None else place.whole, speculation=speculation, spreading=spreading,
+        whole=build.whole(place), speculation=speculation, spreading=spreading,
     )  # fmt: skip
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
     make = Engine if build.telemetry is None else partial(MeasuredEngine, telemetry=build.telemetry)

@@ -88,9 +88,15 @@ def build_tree(described: Any, known: Sequence[Any]) -> Any:
 
 
 def _in_threads(function: Callable, items: Mapping[Any, Any], doing: str, progress: bool) -> dict[Any, Any]:
-    """{key: function(item)}, in parallel threads."""
+    """{key: function(item)}, in parallel threads, which have the caller's default device."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+
+    def run(item: Any) -> Any:
+        with jax.default_device(device):
+            return function(item)
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        futures = {key: pool.submit(function, item) for key, item in items.items()}
+        futures = {key: pool.submit(run, item) for key, item in items.items()}
         keys: Iterable[Any] = tqdm(futures, doing, unit="program", leave=False, disable=not progress)
         return {key: futures[key].result() for key in keys}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ from .build import Build, choose_length, choose_numerics, choose_pages, choose_s
 from .engine import Engine
 
 
-def show(name: str, config: ModelConfig, cache: CachePolicy, engine: Engine) -> str:
-    """One line about an LLM that runs."""
+def show(name: str, config: ModelConfig, cache: CachePolicy, engines: Sequence[Engine]) -> str:
+    """One line about an LLM that runs: sizes are those of each of its replicas."""
+    engine = engines[0]
     weights, pages = jax.tree.leaves(engine.programs.params), engine.pages
     size = sum(leaf.nbytes for leaf in weights) / 1e6
     pool = f"{pages.num_pages - 1} pages of {pages.page_size} tokens"
     found = f"off ({pages.off})"
     if pages.sharing:
-        found = f"on ({pages.hit_tokens} of {pages.lookup_tokens} prompt tokens hit)"
+        hits = sum(one.pages.hit_tokens for one in engines)
+        looked = sum(one.pages.lookup_tokens for one in engines)
+        found = f"on ({hits} of {looked} prompt tokens hit)"
     without = cache.abilities.turned_off
     kind = f"{cache!r}, without {without}; " if without else ""
+    replicas = f"{len(engines)} replicas, each " if len(engines) > 1 else ""
     return (
-        f"LLM({name!r}: {config.model_type}, {parameter_count(config) / 1e6:.1f}M parameters, {size:.0f} MB "
+        f"LLM({name!r}: {replicas}{config.model_type}, {parameter_count(config) / 1e6:.1f}M parameters, {size:.0f} MB "
         f"{weights[0].dtype} on {weights[0].device}; max_model_len {engine.max_model_len}; "
         f"{kind}{pool if engine.programs.width else 'no pages'}; prefix cache {found}; {engine.programs.plan})"
     )

@@ -105,7 +105,8 @@ class Driver:
     @property
     def waiting(self) -> int:
         """Generations that were submitted and do not run yet."""
-        return sum(handle.params.n for handle in self._incoming) + len(self.llm.engine.scheduler.waiting)
+        incoming = sum(handle.params.n for handle in self._incoming)
+        return incoming + sum(len(one.scheduler.waiting) for one in self.llm.engine.replicas)
 
     def __enter__(self) -> Self:
         return self

@@ -132,6 +132,13 @@ class Engine:
         """The engines that this one is made of (`serve.replicas`)."""
         return (self,)
 
+    @property
+    def ready(self) -> bool:
+        """Whether `collect` and `dispatch` would not wait for the device."""
+        gangs = self.in_flight if self.in_flight is not None and self.in_flight.gangs else None
+        awaited = self.due or gangs
+        return awaited is None or awaited.ready
+
     def step(self) -> list[Sample]:
         """Schedule and dispatch one step, then read the previous one (without `overlap` that same one); returns
         the samples that advanced or ended since the last call."""

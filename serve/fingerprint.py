@@ -41,6 +41,7 @@ HARMLESS = ("--xla_force_host_platform_device_count", "--xla_dump")
 """Beginnings of XLA's flags that change no program; how many devices there are is a fact of its own."""
 HOST_ONLY = (
     "seed", "strict", "bounds", "policy", "telemetry", "overlap", "controller", "prefix_cache", "compiled",
+    "data_parallel_size", "replica",
 )  # fmt: skip
 """Settings of `Build` that no program knows of."""
 RESOLVED = (
@@ -121,11 +122,6 @@ def _version(package: str) -> str | None:
 def _flags(name: str) -> str:
     given = os.environ.get(name, "").split()
     return " ".join(sorted(flag for flag in given if not flag.startswith(HARMLESS)))
-
-
-def devices_of(mesh: Any | None) -> list[Any]:
-    """The devices of a mesh in its order; None: the default device."""
-    return jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
 
 
 def environment(devices: Sequence[Any], plugins: Sequence[Any] = ()) -> Facts:

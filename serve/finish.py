@@ -10,10 +10,13 @@ from tqdm.auto import tqdm
 from .engine import Engine
 from .interrupt import deferred_interrupt
 from .locks import FairLock
+from .replicas import Replicas
 from .request import Request
 
 
-def finish(engine: Engine, lock: FairLock, requests: Sequence[Request], *, alone: bool, show: bool) -> None:
+def finish(
+    engine: Engine | Replicas, lock: FairLock, requests: Sequence[Request], *, alone: bool, show: bool
+) -> None:
     """Queue requests as room appears and step until all are done. An interrupt ends the requests. alone: what the
     engine refuses raises ValueError, else it becomes the request's error. show: a progress bar."""
     held = deque(request for request in requests if request.error is None)
@@ -39,7 +42,7 @@ def finish(engine: Engine, lock: FairLock, requests: Sequence[Request], *, alone
         raise
 
 
-def _feed(engine: Engine, held: deque[Request], alone: bool) -> None:
+def _feed(engine: Engine | Replicas, held: deque[Request], alone: bool) -> None:
     """Queue the held requests that the waiting queue has room for."""
     while held and engine.room:
         request = held.popleft()
@@ -53,7 +56,7 @@ def _feed(engine: Engine, held: deque[Request], alone: bool) -> None:
             engine.abort(request)
 
 
-def abort(engine: Engine, lock: FairLock, requests: Sequence[Request]) -> None:
+def abort(engine: Engine | Replicas, lock: FairLock, requests: Sequence[Request]) -> None:
     """End requests between two steps, those that are held back too."""
     with lock:
         for request in requests:

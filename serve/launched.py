@@ -55,7 +55,8 @@ class Launched:
     @property
     def ready(self) -> bool:
         """Whether `read` need not wait."""
-        return self.sampled.token.is_ready()
+        token: Any = self.sampled.token
+        return token.is_ready()
 
     def read(self, tokenizer: Tokenizer | None) -> Iterator[tuple[Sequence, list[Emitted]]]:
         """What each sequence emitted, where it is the generation that was dispatched still. Waits for the device."""

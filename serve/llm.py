@@ -18,7 +18,7 @@ from ..model.stacked import unstack
 from ..model.transforms.transform import Transform
 from . import chat
 from .bounds import Bounds
-from .build import Build, build_engine, open_model, open_tokenizer
+from .build import Build, open_model, open_tokenizer
 from .describe import show
 from .drafters.controller import Controller
 from .drafters.draft import Drafter
@@ -30,6 +30,7 @@ from .membership import calibrate, confirm, follow, guarded, meet, programs_of, 
 from .outputs import RequestOutput
 from .policies.policy import Policy
 from .prompts import Prompt, each, encode_prompt, is_prompt, need_tokenizer, salt_of
+from .replicas import build_replicas, check_replicas
 from .request import Request, Sample
 from .sampling.cyclic_reflex import with_reflection_tokens
 from .sampling.params import SamplingParams
@@ -78,6 +79,10 @@ class LLM:
             keeps 1/n of all keys and values and computes 1/n of a prompt, for contexts longer than one holds.
         enable_expert_parallel: mixtures keep their experts whole, 1/n of them on each of the tensor_parallel_size
             devices, rather than a part of every expert; all else is split as ever.
+        data_parallel_size: replicas of the model in this process, each on devices of its own (replica r from number
+            r * tensor_parallel_size * sequence_parallel_size on) with all weights, and with max_num_seqs,
+            max_num_batched_tokens, num_pages, max_waiting, prefix cache and a copy of the policy for itself. They share
+            the requests (`serve.replicas`); telemetry of the second is written to "run.1.jsonl" beside "run.jsonl".
         sequence_parallel_form: how prompt tokens meet keys on other devices (`attention.forms`): "ring",
             "token_ring", "gather" or "whole"; None: the quickest for each program, by a formula.
         cache: what attention layers remember (`attention.caches`): StreamingLLM, DoubleSparsity and others; None:
@@ -107,7 +112,7 @@ class LLM:
         policy: Policy | None = None, max_output_tokens: int | None = None, max_waiting: int | None = None,
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
-        tensor_parallel_size: int = 1, sequence_parallel_size: int = 1,
+        tensor_parallel_size: int = 1, sequence_parallel_size: int = 1, data_parallel_size: int = 1,
         sequence_parallel_form: Form | None = None, enable_expert_parallel: bool = False,
         cache: CachePolicy | None = None,
         transforms: Sequence[Transform] = (), drafter: Drafter | None = None, controller: Controller | None = None,
@@ -122,8 +127,9 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size, sequence_parallel_size=sequence_parallel_size,
             sequence_parallel_form=sequence_parallel_form, enable_expert_parallel=enable_expert_parallel,
             bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
-            controller=controller, compiled=compiled,
+            controller=controller, compiled=compiled, data_parallel_size=data_parallel_size,
         )  # fmt: skip
+        check_replicas(build)
         self.group = meet(build, dtype=dtype, transforms=tuple(transforms))
         progress = progress and (self.group is None or self.group.leads)
         with together(self.group):
@@ -134,14 +140,14 @@ class LLM:
                 opened, transforms, calibration, self.tokenizer, build
             )
             build = confirm(self.group, build, opened, self.tokenizer)
-            self.config, self.engine = build_engine(
-                opened.config, opened.numerics, opened.params, self.tokenizer, build, programs_of(self.group)
-            )
-            self.engine.programs.compile(progress)
-            calibrate(self.group, self.engine)
+            self.config, self.engine = build_replicas(opened, self.tokenizer, build, programs_of(self.group))
+            for one in self.engine.replicas:
+                one.programs.compile(progress)
+                calibrate(self.group, one)
         self.telemetry, self.cache = build.telemetry, build.cache
-        if isinstance(self.engine, MeasuredEngine):
-            self.engine.telemetry.start(self.name, self.config, self.engine)
+        for one in self.engine.replicas:
+            if isinstance(one, MeasuredEngine):
+                one.telemetry.start(self.name, self.config, one)
         self._lock = FairLock()
         self._requests = 0
         self._live: weakref.WeakSet[Request] = weakref.WeakSet()
@@ -335,11 +341,12 @@ class LLM:
                     "generation, versions never fall"
                 )
             positions = self.cache.longest(engine.max_model_len)
-            swap = plan_swap(engine.programs, self.config, positions, source)
+            swaps = [plan_swap(one.programs, self.config, positions, source) for one in engine.replicas]
             with guarded(self.group):
-                engine.swap_weights(
-                    swap if self.group is None else lead_swap(self.group, source, swap), number
-                )
+                for one, swap in zip(engine.replicas, swaps):
+                    one.swap_weights(
+                        swap if self.group is None else lead_swap(self.group, source, swap), number
+                    )
 
     # -- the life of the engine ----------------------------------------------------------------------------
 
@@ -351,7 +358,8 @@ class LLM:
         RuntimeError (`ProcessLost`) that names the process, when one ends or falls silent.
         """
         try:
-            return follow(self.group, self.engine, self.config, self.cache.longest(self.engine.max_model_len))
+            positions = self.cache.longest(self.engine.max_model_len)
+            return follow(self.group, self.engine.replicas[0], self.config, positions)
         finally:
             self._closed |= self.group is not None and not self.group.leads
 
@@ -360,9 +368,10 @@ class LLM:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                if self.telemetry is not None:
-                    self.telemetry.close()
-                self.engine.programs.close()
+                for one in self.engine.replicas:
+                    if isinstance(one, MeasuredEngine):
+                        one.telemetry.close()
+                    one.programs.close()
 
     @contextmanager
     def profile(self, path: str | Path) -> Iterator[None]:
@@ -377,7 +386,8 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget what was computed before; running requests go on."""
         with self._lock:
-            self.engine.pages.new_weights()
+            for one in self.engine.replicas:
+                one.pages.new_weights()
 
     def save(self, path: str | Path) -> None:
         """Write an Orbax checkpoint (weights, config, tokenizer files) that `LLM(path)` opens again.
@@ -386,7 +396,7 @@ class LLM:
         """
         if self.group is not None:
             raise ValueError("several processes share this model; open it in one process to save it")
-        programs = self.engine.programs
+        programs = self.engine.replicas[0].programs
         params = programs.params if programs.period is None else unstack(programs.params, programs.period)
         metadata = self.transforms.metadata()
         checkpoint.save_orbax(path, params, self.config, metadata=metadata, tokenizer_from=self.folder)
@@ -401,7 +411,7 @@ class LLM:
         self._check_open()
         if self.group is not None:
             raise ValueError("several processes share this model; write the programs of one process's engine")
-        self.engine.programs.save(path, self.progress)
+        self.engine.replicas[0].programs.save(path, self.progress)
 
     def __enter__(self) -> Self:
         return self
@@ -412,7 +422,7 @@ class LLM:
     def __repr__(self) -> str:
         if self._closed:
             return f"LLM({self.name!r}, closed)"
-        return show(self.name, self.config, self.cache, self.engine)
+        return show(self.name, self.config, self.cache, self.engine.replicas)
 
     # -- inside --------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ def confirm(group: Group | None, build: Build, opened: Opened, tokenizer: Tokeni
     vocabulary = None if tokenizer is None else tokenizer.vocab_size
     rest = {"numerics": opened.numerics, "tokenizer of": vocabulary, "attention back ends": build.backends()}
     group.agree(_facts(config | rest))
-    build = replace(build, pool_bytes=group.least(pool_bytes()))
+    build = replace(build, pool_bytes=group.least(pool_bytes(build.device)))
     return build if group.leads else replace(build, telemetry=None)
 
 

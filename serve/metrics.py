@@ -12,6 +12,8 @@ from .outputs import CompletionOutput
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
+    from .engine import Engine
+
 FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 INTER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -71,24 +73,30 @@ class Metrics:
         """The engine's own numbers (the collector interface of prometheus_client)."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        engine, name = self._driver.llm.engine, "tokenloom_{}".format
-        yield GaugeMetricFamily(name("running"), "Sequences that run", value=len(engine.scheduler.running))
-        yield GaugeMetricFamily(name("waiting"), "Sequences that wait", value=self._driver.waiting)
-        yield GaugeMetricFamily(name("pages_free"), "Free pages of the KV pool", value=engine.pages.free)
-        yield GaugeMetricFamily(name("pages_total"), "Pages of the KV pool", value=engine.pages.num_pages - 1)
-        yield CounterMetricFamily(name("steps"), "Steps of the engine", value=engine.steps)
-        yield CounterMetricFamily(
-            name("preemptions"), "Sequences that gave up their pages", value=engine.scheduler.preemptions
-        )
+        engines, name = self._driver.llm.engine.replicas, "tokenloom_{}".format
 
-        yield CounterMetricFamily(
-            name("prefix_cache_queries"),
-            "Prompt tokens looked up in the cache",
-            value=engine.pages.lookup_tokens,
+        def total(number: Callable[[Engine], int]) -> int:
+            return sum(number(one) for one in engines)
+
+        gauges: tuple[tuple[str, str, int], ...] = (
+            ("running", "Sequences that run", total(lambda one: len(one.scheduler.running))),
+            ("waiting", "Sequences that wait", self._driver.waiting),
+            ("pages_free", "Free pages of the KV pool", total(lambda one: one.pages.free)),
+            ("pages_total", "Pages of the KV pool", total(lambda one: one.pages.num_pages - 1)),
         )
-        yield CounterMetricFamily(
-            name("prefix_cache_hits"), "Prompt tokens found in the cache", value=engine.pages.hit_tokens
-        )
+        counters: tuple[tuple[str, str, int], ...] = (
+            ("steps", "Steps of the engine", total(lambda one: one.steps)),
+            ("preemptions", "Sequences that gave up their pages", total(lambda one: one.scheduler.preemptions)),
+            (
+                "prefix_cache_queries", "Prompt tokens looked up in the cache",
+                total(lambda one: one.pages.lookup_tokens),
+            ),
+            ("prefix_cache_hits", "Prompt tokens found in the cache", total(lambda one: one.pages.hit_tokens)),
+        )  # fmt: skip
+        for short, text, value in gauges:
+            yield GaugeMetricFamily(name(short), text, value=value)
+        for short, text, value in counters:
+            yield CounterMetricFamily(name(short), text, value=value)
 
     def text(self) -> bytes:
         from prometheus_client import generate_latest

@@ -119,7 +119,7 @@ class Programs:
         whole: jax.sharding.Sharding | None = None, speculation: Speculation | None = None,
         spreading: Spreading | None = None, compiler: Compiler | None = None,
     ):  # fmt: skip
-        """`whole`: on a mesh, the sharding of what is replicated: all but params and state."""
+        """`whole`: the sharding of what is replicated, all but params and state; None: the default device."""
         self.graphdef, self.params, self.state = graphdef, params, state
         self.sampler, self.plan, self.speculation, self.spreading = sampler, plan, speculation, spreading
         self.page_size, self.width, self.period = page_size, width, period

@@ -101,9 +101,12 @@ class Placement:
     mesh: Mesh | AbstractMesh
 
     @staticmethod
-    def here(tensor: int, sequence: int = 1, heads: Heads = (), experts: Experts | None = None) -> Placement:
-        """Over the first devices: heads, MLP and vocabulary split over `tensor` of them, KV heads as far as they go,
-        and each text over `sequence` such groups. `experts`: the model's, to be whole on their devices; None: cut."""
+    def here(
+        tensor: int, sequence: int = 1, heads: Heads = (), experts: Experts | None = None, first: int = 0
+    ) -> Placement:  # fmt: skip
+        """Over the devices from the `first` on: heads, MLP and vocabulary split over `tensor` of them, KV heads as far
+        as they go, and each text over `sequence` such groups. `experts`: the model's, to be whole on their devices;
+        None: cut."""
         devices, size = jax.devices(), tensor * sequence
         if size > len(devices):
             asked = (
@@ -120,7 +123,7 @@ class Placement:
         if experts is not None:
             asked = f"enable_expert_parallel with tensor_parallel_size={tensor}"
             needs_experts(tensor, experts, heads, len(devices), asked)
-        return Placement.over(devices[:size], split, sequence, experts is not None)
+        return Placement.over(devices[first : first + size], split, sequence, experts is not None)
 
     @staticmethod
     def over(
@@ -144,6 +147,11 @@ class Placement:
     @property
     def whole(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def devices(self) -> list[Any]:
+        """In the mesh's order; none of an abstract mesh."""
+        return list(self.mesh.devices.flat) if isinstance(self.mesh, Mesh) else []
 
     @property
     def kv_shards(self) -> int:

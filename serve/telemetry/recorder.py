@@ -95,6 +95,11 @@ class Telemetry:
         """What `LLM(telemetry=...)` takes."""
         return given if given is None or isinstance(given, Telemetry) else cls(given)
 
+    def replica(self, index: int) -> Telemetry:
+        """For a further replica of the LLM: "run.jsonl" becomes "run.1.jsonl"."""
+        path = self.path.with_name(f"{self.path.stem}.{index}{self.path.suffix}")
+        return Telemetry(path, ceilings=self.ceilings, flush_seconds=self.flush_seconds)
+
     def start(self, name: str, config: ModelConfig, engine: MeasuredEngine) -> None:
         """Begin a run: measure the ceilings and write the header."""
         if self.run is not None:
