@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import compile_command
+from .device_options import device_options, devices, several, split_options, together
 from .planner.command import add_command
 
 API_KEY = "TOKENLOOM_API_KEY"
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user mistakes end with one line on stderr and exit code 2."""
     arguments = parser().parse_args(argv)
     try:
-        return _together(arguments) if _several(arguments) else arguments.run(arguments)
+        return together(arguments) if several(arguments) else arguments.run(arguments)
     except ValueError as error:
         print(f"tokenloom: {error}", file=sys.stderr)
         return 2
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     for command in (generate, chat):
         _model_options(command)
-        _device_options(command)
+        device_options(command)
         command.add_argument("--max-tokens", type=int, default=128)
         command.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
         command.add_argument("--top-p", type=float, default=1.0)
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure prefill and decode of a model or a config.json")
     _model_options(bench)
-    _device_options(bench)
+    device_options(bench)
     bench.add_argument("--config", type=Path, help="a config.json: measure it with random weights")
     bench.add_argument("--batch", type=int, default=1, help="sequences that decode together")
     bench.add_argument("--prompt-len", type=int, default=128)
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
     _tune_options(commands)
     add_command(commands)
-    compile_command.add_command(commands, _engine_options, _split_options)
+    compile_command.add_command(commands, _engine_options, split_options)
     _batch_options(commands)
     _serve_options(commands)
     _telemetry_options(commands)
@@ -147,7 +148,7 @@ def _telemetry_options(commands: Any) -> None:
 
 def _size_options(command: argparse.ArgumentParser) -> None:
     _engine_options(command)
-    _device_options(command)
+    device_options(command)
     command.add_argument(
         "--served-model-name", action="append", default=[], help="what requests may call it; may be repeated"
     )
@@ -159,66 +160,8 @@ def _engine_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num-pages", type=int, help="pages of the KV pool; default: what the memory allows"
     )
+    command.add_argument("--page-size", type=int, help="tokens a page; default: what suits the lengths")
     command.add_argument("--kv-cache-dtype", help="how keys and values are stored, such as int8 or fp8")
-
-
-def _split_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--tensor-parallel-size", type=int, default=1, help="devices to split the model over"
-    )
-    command.add_argument(
-        "--sequence-parallel-size", type=int, default=1, help="devices to split each text over"
-    )
-    command.add_argument(
-        "--enable-expert-parallel",
-        action="store_true",
-        help="experts whole on their devices, of --tensor-parallel-size",
-    )
-
-
-def _device_options(command: argparse.ArgumentParser) -> None:
-    _split_options(command)
-    command.set_defaults(follows=False)
-    several = command.add_argument_group(
-        "several processes or hosts",
-        "start the same command everywhere; process 0 answers, the others follow it",
-    )
-    several.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="of process 0; auto: JAX finds all three itself (TPU VMs, Slurm)",
-    )
-    several.add_argument("--num-processes", type=int, metavar="N")
-    several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
-    several.add_argument(
-        "--process-timeout",
-        type=float,
-        default=60,
-        metavar="SECONDS",
-        help="of silence: a process is lost then",
-    )
-
-
-def _several(arguments: argparse.Namespace) -> bool:
-    given = vars(arguments)
-    return any(given.get(name) is not None for name in ("coordinator", "num_processes", "process_id"))
-
-
-def _together(arguments: argparse.Namespace) -> int:
-    """Run a command as one of several processes."""
-    import jax
-
-    from .joining import ProcessLost, initialize
-    from .processes import EXIT_CODE
-
-    where = arguments.coordinator, arguments.num_processes, arguments.process_id
-    initialize(*(where if where[0] != "auto" else ()), timeout=arguments.process_timeout)
-    arguments.follows = jax.process_index() > 0
-    try:
-        return arguments.run(arguments)
-    except ProcessLost as error:
-        print(f"tokenloom: {error}", file=sys.stderr)
-        return EXIT_CODE
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -233,13 +176,8 @@ def _open(arguments: argparse.Namespace, **settings: Any):
 
     return LLM(
         arguments.model, dtype=arguments.dtype, max_model_len=arguments.max_model_len,
-        compiled=arguments.compiled, **_devices(arguments), **settings,
+        compiled=arguments.compiled, **devices(arguments), **settings,
     )  # fmt: skip
-
-
-def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("tensor_parallel_size", "sequence_parallel_size", "enable_expert_parallel")
-    return {name: getattr(arguments, name) for name in names}
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -296,14 +234,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     from .llm import LLM
 
     length = arguments.prompt_len + arguments.output_len
-    sizes = dict(max_num_seqs=arguments.batch, max_num_batched_tokens=max(512, arguments.batch + 1))
+    seats = -(-arguments.batch // max(1, arguments.data_parallel_size))
+    sizes = dict(max_num_seqs=seats, max_num_batched_tokens=max(512, seats + 1))
     if arguments.config is None:
         llm = _open(arguments, **sizes)
     else:
         raw = json.loads(arguments.config.read_text())
         llm = LLM.from_config(
             raw, dtype=arguments.dtype, max_model_len=arguments.max_model_len, compiled=arguments.compiled,
-            **_devices(arguments), **sizes,
+            **devices(arguments), **sizes,
         )  # fmt: skip
     with llm:
         if llm.follow():
@@ -334,7 +273,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     names = (
-        "max_num_seqs", "max_num_batched_tokens", "num_pages", "kv_cache_dtype",
+        "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size", "kv_cache_dtype",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names}
 
