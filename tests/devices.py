@@ -18,8 +18,9 @@ and jaxlib from 0.11 on, the last) end the process."""
 
 def run_on(devices: int, *arguments: str) -> str:
     """What `python ARGUMENTS` prints in a process with so many CPU devices; it must end well."""
-    flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    env = {
+        **os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
+    }  # fmt: skip
     done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenloom import LLM, ProcessLost, SamplingParams, initialize
 from tokenloom.model import checkpoint
-from tokenloom.model.config import ModelConfig, llama_config
+from tokenloom.model.config import ModelConfig, MoEConfig, llama_config
 from tokenloom.serve.channel import Door, Message, Wire, enter
 from tokenloom.serve.processes import EXIT_CODE, Group
 from tokenloom.serve.tokenizer import Tokenizer
@@ -82,6 +82,30 @@ except tokenloom.ProcessLost as error:
     sys.exit(3)
 """
 
+SPREAD = """
+from tokenloom.serve import build
+from tokenloom.serve.sampling.processors import Temperature, TokenMask
+from tokenloom.tests.test_processes import PLANS, mixture
+build.DEFAULT = (TokenMask(), Temperature())
+for plan in PLANS[count]:
+    llm = LLM(mixture(), **ALONE, **plan)
+    if not llm.follow():
+        say("outputs:", json.dumps(answers(llm, json.load(open(sys.argv[5])))))
+        llm.close()
+say("ended")
+"""
+
+PLANS = {
+    2: (
+        dict(sequence_parallel_size=2, sequence_parallel_form="ring"),
+        dict(tensor_parallel_size=2, enable_expert_parallel=True),
+    ),
+    4: (
+        dict(sequence_parallel_size=4, sequence_parallel_form="token_ring"),
+        dict(tensor_parallel_size=4, enable_expert_parallel=True),
+    ),
+}
+
 DIFFERENT = """
 try:
     LLM(small(), tensor_parallel_size=2, **(SIZES | dict(max_num_seqs=2 + index)))
@@ -119,6 +143,14 @@ def wide() -> ModelConfig:
     return llama_config(
         layers=2, hidden=64, heads=4, kv_heads=2, intermediate=128, vocab=304, max_position=128
     )
+
+
+def mixture() -> ModelConfig:
+    """Four experts behind two KV heads."""
+    config = llama_config(
+        layers=1, hidden=64, heads=4, kv_heads=2, intermediate=128, vocab=304, max_position=128
+    )
+    return replace(config, blocks=(replace(config.blocks[0], channel=MoEConfig(4, 2, 64)),))
 
 
 def tokenizer() -> Tokenizer:
@@ -201,6 +233,27 @@ def test_two_processes_equal_one(tmp_path):
     swap, save, search = lines(found[0][1], "refused:")
     assert "this model is spread over several" in search
     assert "give update_weights the folder's path" in swap and "open it in one process to save it" in save
+
+
+@pytest.mark.parametrize("count", sorted(PLANS))
+def test_texts_and_experts_over_processes_equal_one(tmp_path, count):
+    """Each process has its part of every text, or its experts whole: chunks, greedy and sampled."""
+    draws = np.random.default_rng(4)
+    prompts = [draws.integers(0, 304, size).tolist() for size in (45, 7)]
+    common = dict(max_tokens=6, ignore_eos=True)
+    requests = [
+        [prompts[0], common | dict(temperature=0.0, logprobs=2)],
+        [prompts[1], common | dict(temperature=1.0, seed=7, n=2)],
+    ]
+    with LLM(mixture(), **ALONE) as llm:
+        expected = json.loads(json.dumps(answers(llm, requests)))
+    (tmp_path / "requests").write_text(json.dumps(requests))
+    found = ended(started(SPREAD, count, tmp_path, str(tmp_path / "requests")), tmp_path)
+    assert all(code == 0 and lines(text, "ended") for code, text, _ in found), found
+    said = lines(found[0][1], "outputs:")
+    assert len(said) == len(PLANS[count])
+    for line in said:
+        close(json.loads(line), expected)
 
 
 def test_a_process_that_dies_is_named_by_all_others(tmp_path):
