@@ -7,8 +7,8 @@
     seq=2,tensor=4      every text split over two groups of 4 devices, each of which holds all weights
     tensor, data=2      what is left out follows from the number of devices
 
-All run: `LLM(tensor_parallel_size=n, sequence_parallel_size=m)`, `expert=n` with `enable_expert_parallel=True` beside
-it. Replicas run as one process each.
+All run: `LLM(tensor_parallel_size=n, sequence_parallel_size=m, data_parallel_size=d)`, `expert=n` with
+`enable_expert_parallel=True` beside it.
 """
 
 from __future__ import annotations
@@ -89,8 +89,14 @@ class Division:
         return Placement.over(taken, split, self.seq, self.experts)
 
 
-def divisions(devices: int, experts: bool) -> list[Division]:
-    """Every division of so many devices, widest first."""
+def divisions(devices: int, experts: bool, texts: bool = False) -> list[Division]:
+    """The divisions of so many devices into replicas, or with `texts` also into groups that share each text of one
+    replica: widest first."""
     sizes = [size for size in range(devices, 0, -1) if devices % size == 0]
-    kinds = (False, True) if experts else (False,)
-    return [Division(devices // size, size, kind) for size in sizes for kind in kinds if size > 1 or not kind]
+    found = []
+    for size in sizes:
+        for kind in (False, True) if experts and size > 1 else (False,):
+            found.append(Division(devices // size, size, kind))
+            if texts and size < devices:
+                found.append(Division(1, size, kind, devices // size))
+    return found

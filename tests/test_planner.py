@@ -105,7 +105,7 @@ def test_divisions_by_name():
     assert Division.parse("seq", 8).name == "seq=8" and Division.parse("data=2,seq=2", 8) == Division(
         2, 2, seq=2
     )
-    for one in divisions(16, True):
+    for one in divisions(16, True, True):
         assert Division.parse(one.name, 16) == one
     for text, reason in (
         (
@@ -222,7 +222,9 @@ def test_experts_whole_on_their_devices():
         "mixtral-8x7b", "v5p-8", plan="expert=4", max_model_len=4096, max_num_seqs=8, compile=False
     )
     assert report.runs and any("enable_expert_parallel=True" in note for note in report.notes)
-    same = tokenloom.plan("mixtral-8x7b", "v5p-8", max_model_len=4096, max_num_seqs=8, compile=False)
+    same = tokenloom.plan(
+        "mixtral-8x7b", "v5p-8", plan="tensor=4", max_model_len=4096, max_num_seqs=8, compile=False
+    )
     assert same.runs and same.memory.weights == report.memory.weights
     assert report.work[0].sent / same.work[0].sent == pytest.approx((1 + 32 + 32) / (1 + 32 + 32 * 2))
     with pytest.raises(

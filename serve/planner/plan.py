@@ -19,8 +19,8 @@ from ...sharding.division import Division, divisions
 from ...sharding.topology import GENERATIONS, Topology
 from ..build import Build
 from . import models
+from .choose import choose, decode_work, prefill_work
 from .compiled import TooLarge, compile_programs
-from .floors import Work, backbone_work, head_work
 from .memory import Case
 from .report import Alternative, Model, Report, Room, Slice
 
@@ -56,9 +56,13 @@ def plan(
         max_model_len=max_model_len, max_num_seqs=max_num_seqs or 1, kv_cache_dtype=kv_cache_dtype,
         max_num_batched_tokens=max_num_batched_tokens,
     )  # fmt: skip
-    division = None if plan == "auto" else Division.parse(plan, where.devices)
-    case = _case(config, where, division, build, dtype, max_num_seqs is None)
-    report = _report(name, case, dtype, automatic=max_num_seqs is None)
+    works = list(_working(config, where, build, dtype, max_num_seqs is None))
+    if plan == "auto":
+        case, why = choose(works)
+    else:
+        division = Division.parse(plan, where.devices)
+        case, why = _case(config, where, division, build, dtype, works, max_num_seqs is None), ()
+    report = _report(name, case, works, why)
     if not compile or not case.fits:
         return report
     return _with_programs(report, case, full)
@@ -83,16 +87,13 @@ def _with_programs(report: Report, case: Case, full: bool) -> Report:
 def _case(
     config: ModelConfig,
     where: Topology,
-    division: Division | None,
+    division: Division,
     build: Build,
     dtype: str | None,
+    works: list[Case],
     automatic: bool,
 ) -> Case:
-    """The case of a division; None: the widest that fits, else the widest that works."""
-    works = list(_working(config, where, build, dtype, automatic))
-    if division is None:
-        usual = [case for case in works if not case.division.experts]
-        return next((case for case in usual if case.fits), usual[0])
+    """The case of a division; ValueError, naming some of those that work, where the shapes do not split so."""
     found = [case for case in works if case.division == division]
     if found:
         return found[0]
@@ -104,14 +105,15 @@ def _case(
 
 
 def _working(
-    config: ModelConfig, where: Topology, build: Build, dtype: str | None, automatic: bool
+    config: ModelConfig, where: Topology, build: Build, dtype: str | None, automatic: bool, split: bool = True
 ) -> Iterator[Case]:
-    """Every division of a slice that the model's shapes allow, widest first."""
+    """Every division of a slice that the model's shapes allow, widest first; `split`: those of texts too. ValueError
+    for settings that no division can have."""
     mixture = any(isinstance(block.channel, MoEConfig) for block in config.blocks)
-    for division in divisions(where.devices, mixture):
-        case = Case.of(config, where, division, build, dtype)
+    Case.of(config, where, Division(where.devices, 1), build, dtype)  # what no plan can do is an error
+    for division in divisions(where.devices, mixture, split):
         try:
-            yield _sized(case, automatic)
+            yield _sized(Case.of(config, where, division, build, dtype), automatic)
         except ValueError:
             continue
 
@@ -127,15 +129,9 @@ def _sized(case: Case, automatic: bool) -> Case:
         seats = min(seats // 2, 1 << max(0, sized.sequences_that_fit.bit_length() - 1))
 
 
-def decode_work(case: Case) -> tuple[Work, Work]:
-    """A decode step with every seat at max_model_len: its backbone and its head."""
-    return backbone_work(case, "decode", [case.length] * case.seats, []), head_work(case, "head", case.seats)
-
-
-def _report(name: str, case: Case, dtype: str | None, automatic: bool) -> Report:
+def _report(name: str, case: Case, works: list[Case], why: tuple[str, ...]) -> Report:
     config, where, build = case.config, case.topology, case.build
     parameters, stored = sum(leaf.size for leaf in case.leaves.values()), str(case.numerics.param_dtype)
-    chunk = case.buckets.chunks[-1]
     runs, notes = _notes(case)
     return Report(
         Model(name, parameters, config.num_layers, tuple(sorted(config.attention_heads)), stored),
@@ -143,9 +139,8 @@ def _report(name: str, case: Case, dtype: str | None, automatic: bool) -> Report
         case.division.name, case.fits, runs, case.length, case.seats, build.max_num_batched_tokens, str(case.kv_dtype),
         case.memory,
         Room(case.kv_bytes, case.token_bytes, case.sequences_that_fit, case.pages, case.page_size),
-        (*decode_work(case), backbone_work(case, "prefill", [], [(0, chunk)])),
-        tuple(_alternative(one) for one in _working(config, where, build, dtype, automatic)),
-        () if case.fits else tuple(_advice(case)), notes,
+        (*decode_work(case), prefill_work(case)), tuple(_alternative(one) for one in works),
+        () if case.fits else tuple(_advice(case)), notes, why=why,
     )  # fmt: skip
 
 
@@ -177,8 +172,8 @@ def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
         )
     if case.division.data > 1:
         notes.append(
-            f"{case.division.data} replicas are engines of their own, one process each "
-            f"(tensor_parallel_size={size}); sizes and programs are one replica's"
+            f"{case.division.data} replicas share the requests of one engine (data_parallel_size={case.division.data}, "
+            f"tensor_parallel_size={size}); sizes and programs are one replica's"
         )
     if case.division.experts:
         count = "/".join(str(experts // size) for experts in sorted(case.config.expert_counts))
@@ -235,7 +230,7 @@ def _advice(case: Case) -> Iterator[str]:
 def _first_that_fits(case: Case, slices: Iterator[Topology], dtype: str | None) -> Case | None:
     """The first slice on which some plan holds the same seats at the same length in one replica."""
     for where in slices:
-        for one in _working(case.config, where, case.build, dtype, False):
+        for one in _working(case.config, where, case.build, dtype, False, split=False):
             if one.fits and not one.division.experts:
                 return one
     return None

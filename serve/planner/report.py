@@ -68,9 +68,9 @@ class Report:
     """A model on a slice.
 
     plan: as `--plan` takes it. fits: weights, state and temporaries, with every seat at max_model_len. runs: the engine
-    of today can be started so; `notes` says why not, and what else to know. advice: what would make it fit, each tried.
-    memory is predicted; `programs` are compiled ones (empty without compiling), `work` the floors of a decode step, its
-    head and the largest prefill.
+    of today can be started so; `notes` says why not, and what else to know. why: what made `auto` choose the plan.
+    advice: what would make it fit, each tried. memory is predicted; `programs` are compiled ones (empty without
+    compiling), `work` the floors of a decode step, its head and the largest prefill.
     """
 
     model: Model
@@ -89,6 +89,7 @@ class Report:
     advice: tuple[str, ...]
     notes: tuple[str, ...]
     programs: tuple[Program, ...] = ()
+    why: tuple[str, ...] = ()
 
     @property
     def compiled_bytes(self) -> int | None:

@@ -47,6 +47,7 @@ def _summary(report: Report) -> Table:
                     f"replica; "
                     f"a token takes {room.kv_bytes_per_token:,} bytes, {room.kv_bytes_per_token_per_device:,} "
                     f"of each device"),
+        *(("why", line) for line in report.why),
         *(("would fit", line) for line in report.advice),
         *(("note", line) for line in report.notes),
     ]  # fmt: skip
