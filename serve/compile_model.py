@@ -11,6 +11,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from ..attention.backends import backends, named
+from ..attention.caches.paged import Pages
 from ..attention.caches.policy import Capacity
 from ..model.config import ModelConfig
 from ..model.state import make_state, snapshot_bytes
@@ -54,16 +55,13 @@ def compile_for(
     """
     check_new(folder)
     where, build = Topology.parse(topology), Build(**settings)
-    size = build.tensor_parallel_size
-    if build.devices > size:
-        raise ValueError(
-            "sequence_parallel_size cannot be planned for a slice that is not here; leave it at 1"
-        )
+    tensor, texts, size = build.tensor_parallel_size, build.sequence_parallel_size, build.devices
     if size > where.devices:
-        raise ValueError(f"tensor_parallel_size={size}, but {where} has {where.devices} devices; lower it")
-    case = Case.of(
-        models.find(model)[1], where, Division(1, size, build.enable_expert_parallel), build, dtype
-    )
+        asked = f"tensor_parallel_size={tensor}"
+        asked += f" times sequence_parallel_size={texts} is {size}" if texts > 1 else ""
+        raise ValueError(f"{asked}, but {where} has {where.devices} devices; lower it")
+    division = Division(1, tensor, build.enable_expert_parallel, texts)
+    case = Case.of(models.find(model)[1], where, division, build, dtype)
     if build.num_pages is None and not case.fits:
         raise ValueError(
             f"{case.seats} sequences of {case.length} tokens do not fit on {size} devices of {where}; lower "
@@ -85,7 +83,8 @@ def _write_planned(case: Case, devices: list[Any], pages: int, folder: str | Pat
         pages, case.page_size, case.seats, case.numerics.dtype, kernels if place is None else place.backends(kernels),
         copies, case.kv_dtype, case.width,
     )  # fmt: skip
-    empty = partial(make_state, config, capacity, case.period)
+    cache = Pages() if place is None else place.cache(Pages())
+    empty = partial(make_state, config, capacity, case.period, cache)
     spec, weights = jax.eval_shape(empty), case.params
     homes = jax.tree.map(lambda _: one, spec) if place is None else place.state(spec)
     put = jax.tree.map(lambda _: one, weights) if place is None else place.params(case.graphdef, weights)
@@ -93,7 +92,7 @@ def _write_planned(case: Case, devices: list[Any], pages: int, folder: str | Pat
     programs = PlannedPrograms(
         case.graphdef, _placed(weights, put), _placed(spec, homes), sampler, case.buckets,
         page_size=case.page_size, width=case.width, period=case.period,
-        whole=None if place is None else place.whole,
+        whole=None if place is None else place.whole, spreading=case.spreading,
     )  # fmt: skip
     whole = one if place is None else place.whole
     programs.sampler_state = sampler.start(programs.compiler, whole)

@@ -154,7 +154,7 @@ def engine_facts(
 ) -> Facts:  # fmt: skip
     """Facts of an engine on `devices` (also compile-only ones): the process, the model, what the settings came to, and
     the shapes of what it holds."""
-    plan = BucketPlan.make(build.max_num_seqs, budget)
+    plan = BucketPlan.make(build.max_num_seqs, budget, build.sequence_parallel_size)
     settings = {
         one.name: _plain(getattr(build, one.name))
         for one in fields(build)

@@ -159,8 +159,9 @@ def test_split_models_start_on_their_programs(model, tmp_path):
 
 @pytest.mark.tpu_topology
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the dev extra brings it)")
-@pytest.mark.parametrize("size", [1, 2])
-def test_programs_of_a_slice_that_is_not_here(tmp_path, size):
+@pytest.mark.parametrize("tensor, texts", [(1, 1), (2, 1), (2, 2)])
+def test_programs_of_a_slice_that_is_not_here(tmp_path, tensor, texts):
+    """On one device, with weights split, and with texts split too."""
     config = llama_config(
         layers=2, hidden=128, heads=2, kv_heads=2, intermediate=128, vocab=512, max_position=256
     )
@@ -169,11 +170,13 @@ def test_programs_of_a_slice_that_is_not_here(tmp_path, size):
         "v5e:2x2",
         tmp_path / "tpu",
         max_num_seqs=1,
-        max_num_batched_tokens=32,
-        tensor_parallel_size=size,
+        max_num_batched_tokens=32 * texts,
+        tensor_parallel_size=tensor,
+        sequence_parallel_size=texts,
     )
     found = facts(folder)
-    assert found["device"]["kind"] == "TPU v5 lite" and found["device"]["count"] == size
+    assert found["device"]["kind"] == "TPU v5 lite" and found["device"]["count"] == tensor * texts
+    assert found["mesh"].get("seq", 1) == texts and found["mesh"].get("tensor", 1) == tensor
     assert found["versions"]["libtpu"] and found["versions"]["jax"] == jax.__version__
     artefact = Artefact.of(folder)
     assert artefact.check(found) == [] and len(artefact.payloads) == len(artefact.programs) == 8

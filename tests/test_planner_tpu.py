@@ -28,7 +28,7 @@ def small(**more) -> dict:
 
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
 CELLS = {
-    "v5e:2x4": (small(), {}, "kv x rep"),
+    "v5e:2x4": (small(), {"plan": "tensor=8"}, "kv x rep"),
     "v6e:2x2": (small(), {"kv_cache_dtype": "int8", "plan": "seq=2"}, "tensor"),
     "v5p:2x2x1": (small(**MIXTURE), {"plan": "expert=4"}, "tensor"),
     "v4:2x2x1": (small(), {"plan": "data=4"}, ""),
