@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .forms import Spread
+from .weave import Weave
 
 NULL_PAGE = 0
 
@@ -53,7 +54,7 @@ class Shape:
         "query_starts", "seats", "ends", "ancestors",
         "prompt_lengths",
     ],
-    meta_fields=["shape", "spread"],
+    meta_fields=["shape", "spread", "weave"],
 )  # fmt: skip
 @dataclass(frozen=True)
 class Batch:
@@ -74,6 +75,7 @@ class Batch:
                               ancestors); slots lie one behind the other, positions follow depth. None: chains
     prompt_lengths i32[B+R]   tokens of each row's prompt; what follows was generated. None: all tokens are prompts
     spread        Spread      tokens are spread over devices, in the order of `attention.spread`; None: in plain order
+    weave         Weave       between mixers, each of the devices that share the weights has some tokens; None: all
     """
 
     shape: Shape
@@ -92,6 +94,15 @@ class Batch:
     ancestors: jax.Array | None = None
     prompt_lengths: jax.Array | None = None
     spread: Spread | None = None
+    weave: Weave | None = None
+
+    def together(self, x: jax.Array) -> jax.Array:
+        """Activations [T,E] as a mixer takes them: where devices share the weights, whole on each."""
+        return x if self.weave is None else self.weave.gather(x)
+
+    def apart(self, x: jax.Array) -> jax.Array:
+        """Activations [T,E] as they lie between mixers."""
+        return x if self.weave is None else self.weave.scatter(x)
 
     @property
     def last_tokens(self) -> jax.Array:

@@ -5,6 +5,7 @@
     logits = decoder.head(decoder.normalise(x))
 
 `state` is a tuple with one entry a layer; each is what that layer's token mixer remembers (`attention/caches`).
+A step may come in parts, a tuple of batches with as many x: layer by layer they run one behind the other.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from .config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, MoECon
 from .layers import Embedding, Linear, Norm, Numerics
 from .mixers.attention import Attention
 from .mixers.mamba2 import Mamba2
+
+X = Any
+"""Activations [T,E], or a tuple of those of a step's parts."""
+Step = Batch | tuple[Batch, ...]
 
 
 def _channel(config: MLPConfig | MoEConfig | None, hidden: int, **kinds) -> MLP | MoE | None:
@@ -63,7 +68,8 @@ class Block(nnx.Module):
         """x after the token mixer and its residual."""
         wiring, scale, norms = self.config.wiring, self.config.residual_scale, self.norms
         with jax.named_scope("mixer"):
-            y, state = self.mixer(norms[0](x) if self.normed_first else x, batch, state)
+            y, state = self.mixer(batch.together(norms[0](x) if self.normed_first else x), batch, state)
+        y = batch.apart(y)
         if wiring == "post":
             y = norms[0](y)
         elif wiring == "sandwich":
@@ -76,7 +82,8 @@ class Block(nnx.Module):
         wiring, scale, norms = self.config.wiring, self.config.residual_scale, self.norms
         assert self.channel is not None
         with jax.named_scope("channel"):
-            y = self.channel(self.channel_norm(x) if self.normed_first else x, batch)
+            y = self.channel(batch.together(self.channel_norm(x) if self.normed_first else x), batch)
+        y = batch.apart(y)
         if wiring in ("post", "sandwich"):
             y = norms[-1](y)
         x = x + (y if scale == 1.0 else scale * y)
@@ -86,8 +93,8 @@ class Block(nnx.Module):
         if self.config.wiring == "parallel":
             assert self.channel is not None
             with jax.named_scope("mixer"):
-                y, state = self.mixer(self.norms[0](x), batch, state)
-            y = y + self.channel(self.norms[1](x), batch)
+                y, state = self.mixer(batch.together(self.norms[0](x)), batch, state)
+            y = batch.apart(y + self.channel(batch.together(self.norms[1](x)), batch))
             return x + self.config.residual_scale * y, state
         x, state = self.mixed(x, batch, state)
         return (x if self.channel is None else self._fed(x, batch)), state
@@ -139,7 +146,7 @@ class Decoder(nnx.Module):
             x = x + self.positions(batch.positions + config.learned_positions[1])
         return x
 
-    def run(self, x: jax.Array, state: tuple, batch: Batch, layers: Iterable[int]) -> tuple[jax.Array, tuple]:
+    def run(self, x: X, state: tuple, batch: Step, layers: Iterable[int]) -> tuple[X, tuple]:
         """Run the blocks named by `layers`, in that order; the others' state is left alone.
 
         run(0..k) then run(k..L) equals run(0..L).
@@ -154,8 +161,8 @@ class Decoder(nnx.Module):
         return x, tuple(entries)
 
     def _run_stacked(
-        self, x: jax.Array, state: tuple, batch: Batch, layers: list[int], period: int
-    ) -> tuple[jax.Array, tuple]:
+        self, x: X, state: tuple, batch: Step, layers: list[int], period: int
+    ) -> tuple[X, tuple]:
         """One scan over periods. The state rides in the carry (as scan inputs and outputs it would be copied);
         spans that do not run whole periods in order slice their layers' weights instead."""
         graphs, weights = zip(*[nnx.split(block) for block in self.blocks])
@@ -190,8 +197,14 @@ class Decoder(nnx.Module):
         (x, entries), _ = jax.lax.scan(body, (x, tuple(entries)), (repeats, span))
         return x, entries
 
-    def _through(self, block: Block, index: int | jax.Array, x: jax.Array, batch: Batch, entry):
+    def _through(self, block: Block, index: int | jax.Array, x: X, batch: Step, entry) -> tuple[X, Any]:
         """One block, for the tokens that run through layer `index`; the others keep their x."""
+        if isinstance(batch, tuple):
+            parts = []
+            for here, part in zip(x, batch):
+                here, entry = self._through(block, index, here, part, entry)
+                parts.append(here)
+            return tuple(parts), entry
         depth, prompts = self.config.depth, batch.prompt_lengths
         if depth is None or prompts is None:
             return block(x, batch, entry)

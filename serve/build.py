@@ -26,7 +26,7 @@ from ..model.state import Capacity, make_state, page_bytes, snapshot_bytes
 from ..pallas_kernels.attention.tuned import tiles_folder
 from ..pallas_kernels.chips import Chip
 from ..sharding.placement import Placement, put
-from ..sharding.spreading import Spreading
+from ..sharding.tokens import check_overlap, step_tokens
 from .bounds import Bounds
 from .buckets import BucketPlan
 from .cache_rules import check_model, check_settings, hold, no_prefix_cache
@@ -82,6 +82,7 @@ class Build:
     sequence_parallel_size: int = 1
     sequence_parallel_form: Form | None = None
     enable_expert_parallel: bool = False
+    overlap_tokens: int | None = None
     cache: CachePolicy = Pages()
     drafter: Drafter | None = None
     controller: Controller | None = None
@@ -108,6 +109,7 @@ class Build:
             devices=self.tensor_parallel_size, parts=self.sequence_parallel_size,
         )  # fmt: skip
         check_expert_parallel(self.enable_expert_parallel, self.tensor_parallel_size)
+        check_overlap(self.overlap_tokens, self.tensor_parallel_size, self.sequence_parallel_size)
         form = self.sequence_parallel_form
         if form is not None and (form not in FORMS or self.sequence_parallel_size == 1):
             raise ValueError(
@@ -321,9 +323,9 @@ def build_engine(
     width = -(-(length + slack) // page_size) if page_bytes(config, page_size, stored, cache) else 0
     place = build.placement(config)
     cache = cache if place is None else place.cache(cache)
-    spreading = Spreading.of(
-        place, config, params["blocks"], width=numerics.dtype.itemsize, length=length,
-        form=build.sequence_parallel_form,
+    tokens = step_tokens(
+        place, config, params["blocks"], platform=numerics.platform, width=numerics.dtype.itemsize, length=length,
+        form=build.sequence_parallel_form, overlap=build.overlap_tokens,
     )  # fmt: skip
     graphdef, params, period = lay_out(
         config, with_experts(numerics, place), params, alike=cache.abilities.layers_alike
@@ -360,7 +362,7 @@ def build_engine(
         BucketPlan.make(build.max_num_seqs, budget, build.sequence_parallel_size),
         compiler=compiler,
         page_size=page_size, width=width, period=period, strict=build.strict,
-        whole=build.whole(place), speculation=speculation, spreading=spreading,
+        whole=build.whole(place), speculation=speculation, tokens=tokens,
     )  # fmt: skip
     eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
     make = Engine if build.telemetry is None else partial(MeasuredEngine, telemetry=build.telemetry)

@@ -43,15 +43,16 @@ REMEDY = "write one with `tokenloom compile MODEL -o FOLDER` (or LLM.save_compil
 @dataclass(frozen=True)
 class Job:
     """A program that is not compiled yet: a jitted function and specs of its arguments. `like`: trees that a result may
-    have, beside those of the arguments."""
+    have, beside those of the arguments; `options`: what the compiler is told."""
 
     jitted: Any
     arguments: tuple = ()
     like: tuple = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self) -> Any:
-        """The lowered program."""
-        return self.jitted.lower(*self.arguments)
+    def compile(self, **more: Any) -> Any:
+        """The executable."""
+        return self.jitted.lower(*self.arguments).compile({**self.options, **more} or None)
 
     @property
     def in_tree(self) -> Any:
@@ -114,7 +115,7 @@ def start_job(key: Any, function: Callable[[], Any], shardings: Any = None) -> J
 
 def compile_jobs(jobs: Mapping[Any, Job], progress: bool = False) -> dict[Any, Any]:
     """Key -> executable, compiled in parallel threads."""
-    return _in_threads(lambda job: job().compile(), jobs, "compiling", progress)
+    return _in_threads(lambda job: job.compile(), jobs, "compiling", progress)
 
 
 # -- writing -----------------------------------------------------------------------------------------------

@@ -85,6 +85,8 @@ class LLM:
             the requests (`serve.replicas`); telemetry of the second is written to "run.1.jsonl" beside "run.jsonl".
         sequence_parallel_form: how prompt tokens meet keys on other devices (`attention.forms`): "ring",
             "token_ring", "gather" or "whole"; None: the quickest for each program, by a formula.
+        overlap_tokens: steps of at least so many tokens of a model over several devices run in two halves, one of
+            which computes while the other's results travel (TokenWeave); None: 1,024 on TPU and GPU; 0: never.
         cache: what attention layers remember (`attention.caches`): StreamingLLM, DoubleSparsity and others; None:
             every key and value in pages. `repr` says what a cache goes without.
         drafter: guesses tokens ahead, which the model then checks all at once (`serve.drafters`): DraftModel,
@@ -114,7 +116,7 @@ class LLM:
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
         tensor_parallel_size: int = 1, sequence_parallel_size: int = 1, data_parallel_size: int = 1,
         sequence_parallel_form: Form | None = None, enable_expert_parallel: bool = False,
-        cache: CachePolicy | None = None,
+        overlap_tokens: int | None = None, cache: CachePolicy | None = None,
         transforms: Sequence[Transform] = (), drafter: Drafter | None = None, controller: Controller | None = None,
         calibration: Sequence[str | Sequence[int]] | None = None,
         compiled: str | Path | None = None,
@@ -126,6 +128,7 @@ class LLM:
             overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
             tensor_parallel_size=tensor_parallel_size, sequence_parallel_size=sequence_parallel_size,
             sequence_parallel_form=sequence_parallel_form, enable_expert_parallel=enable_expert_parallel,
+            overlap_tokens=overlap_tokens,
             bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
             controller=controller, compiled=compiled, data_parallel_size=data_parallel_size,
         )  # fmt: skip

@@ -21,8 +21,7 @@ from flax import nnx
 
 from ..attention.batch import Shape, descriptor_size, unpack
 from ..attention.caches.recurrent import RecurrentState
-from ..attention.spread import plain, spread
-from ..sharding.spreading import Spreading
+from ..sharding.tokens import Alike, StepTokens
 from .buckets import BucketPlan
 from .compilations import Compilations
 from .compiled import Compiler, Job, specs
@@ -36,15 +35,14 @@ SCORE_ROWS = 32
 
 def backbone(
     graphdef: nnx.GraphDef, shape: Shape, width: int, page_size: int, prompt: int,
-    spreading: Spreading | None = None,
+    tokens: StepTokens = Alike(),
 ) -> Callable:  # fmt: skip
     """(params, state, last_token, length, packed, prompt_length) -> (x rows [B+R,E], prompt x, state); state is
     donated. prompt_length: tokens of each seat's prompt, for models whose generated tokens take fewer layers.
 
     Prompt x is padded to the largest chunk, [prompt,E], so that one program scores every chunk size; without a
-    prompt part it is [0,E]. On a mesh whose devices share texts, `spreading` says how they share the step.
+    prompt part it is [0,E]. On a mesh, `tokens` says how its devices share the step.
     """
-    over = None if spreading is None else spreading.over(shape)
 
     def run(
         params: Any, state: tuple, last_token: jax.Array, length: jax.Array, packed: jax.Array,
@@ -54,12 +52,10 @@ def backbone(
         batch = unpack(shape, width, page_size, packed, last_token, length)
         if prompt_length is not None:
             batch = replace(batch, prompt_lengths=prompt_length[batch.seats])
-        batch = batch if over is None else spread(batch, over)
-        x = model.embed(batch.tokens, batch)
-        if over is not None and spreading is not None:
-            x = jax.lax.with_sharding_constraint(x, spreading.sharding)
-        x, state = model.run(x, state, batch, range(model.num_layers))
-        x = x if over is None else plain(x, shape, over.devices)
+        parts = tokens.split(batch)
+        xs = tuple(tokens.placed(model.embed(part.tokens, part), part) for part in parts)
+        xs, state = model.run(xs, state, parts, range(model.num_layers))
+        x = tokens.joined(xs, shape)
         rest = x[shape.B * shape.q :]
         pad = prompt - shape.C if shape.C else 0
         return x[batch.last_tokens], jnp.pad(rest, ((0, pad), (0, 0))), state
@@ -117,11 +113,11 @@ class Programs:
         self, graphdef: nnx.GraphDef, params: Any, state: tuple, sampler: Sampler, plan: BucketPlan, *,
         page_size: int, width: int, period: int | None = None, strict: bool = False,
         whole: jax.sharding.Sharding | None = None, speculation: Speculation | None = None,
-        spreading: Spreading | None = None, compiler: Compiler | None = None,
+        tokens: StepTokens = Alike(), compiler: Compiler | None = None,
     ):  # fmt: skip
         """`whole`: the sharding of what is replicated, all but params and state; None: the default device."""
         self.graphdef, self.params, self.state = graphdef, params, state
-        self.sampler, self.plan, self.speculation, self.spreading = sampler, plan, speculation, spreading
+        self.sampler, self.plan, self.speculation, self.tokens = sampler, plan, speculation, tokens
         self.page_size, self.width, self.period = page_size, width, period
         self.compiler = compiler or Compiler()
         self.whole, self.sampler_state = whole, sampler.start(self.compiler, whole)
@@ -141,24 +137,28 @@ class Programs:
         def x(rows: int) -> jax.ShapeDtypeStruct:
             return given((rows, *hidden.shape[1:]), hidden.dtype)
 
-        def build(name: str, function: Callable, donate: tuple[int, ...], *args: Any, out: Any = self.whole):
+        def build(
+            name: str, function: Callable, donate: tuple[int, ...], *args: Any, out: Any = self.whole,
+            options: dict[str, str | bool] | None = None,
+        ):  # fmt: skip
             function = jax.named_scope(name)(function)  # in traces: the program and its operations
             function.__name__ = name
             placed = {} if self.whole is None else {"out_shardings": out}
-            return Job(jax.jit(function, donate_argnums=donate, **placed), args)
+            return Job(jax.jit(function, donate_argnums=donate, **placed), args, options=options or {})
 
         def places(specs: tuple) -> tuple:
             return jax.tree.map(lambda spec: spec.sharding, specs)
 
         jobs: dict[Any, Job] = {}
         for shape in plan.backbones():
-            run = backbone(self.graphdef, shape, self.width, self.page_size, plan.chunks[-1], self.spreading)
+            run = backbone(self.graphdef, shape, self.width, self.page_size, plan.chunks[-1], self.tokens)
             packed = ints((descriptor_size(shape, self.width),))
             name = f"{shape.kind}_B{shape.B}_q{shape.q}_R{shape.R}_C{shape.C}"
             out = self.whole, self.whole, places(state)
             seated = sampler_state.last_token, sampler_state.length
             given_all = *seated, packed, sampler_state.prompt_length
-            jobs[shape] = build(name, run, (1,), params, state, *given_all, out=out)
+            options = self.tokens.options(shape)
+            jobs[shape] = build(name, run, (1,), params, state, *given_all, out=out, options=options)
         for rows in plan.heads():
             run = head(self.graphdef, self.sampler)
             jobs["head", rows] = build(

@@ -176,6 +176,11 @@ class Placement:
         """Activations [T,E] of which each device has some tokens."""
         return NamedSharding(self.mesh, PartitionSpec(dict(self.plan.table).get("tokens")))
 
+    @property
+    def apart(self) -> NamedSharding:
+        """Activations [T,E] of which each of the devices that share the weights has some tokens."""
+        return NamedSharding(self.mesh, PartitionSpec(dict(self.plan.table).get("heads")))
+
     def cache(self, cache: CachePolicy) -> CachePolicy:
         """What remembers: pages shared token by token where texts are split."""
         if self.sequence == 1:

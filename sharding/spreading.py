@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ..attention.batch import Shape
+from ..attention.batch import Batch, Shape
 from ..attention.forms import Form, Load, Speeds, Spread, choose
-from ..attention.spread import spreads
+from ..attention.spread import plain, spread, spreads
 from .placement import Placement
 from .topology import GENERATIONS
 
@@ -47,14 +47,11 @@ class Spreading:
 
     @staticmethod
     def of(
-        place: Placement | None, config: Any, blocks: Any, *, width: int, length: int, form: Form | None = None,
+        place: Placement, config: Any, blocks: Any, *, width: int, length: int, form: Form | None = None,
         speeds: Speeds | None = None,
-    ) -> Spreading | None:  # fmt: skip
-        """For a model of attention layers (`ModelConfig`) that lives at `place`; None where its texts are not split.
-        blocks: the parameters of all layers; width: bytes of a number; length: max_model_len; speeds None: those of
-        the mesh's devices."""
-        if place is None or place.sequence == 1:
-            return None
+    ) -> Spreading:  # fmt: skip
+        """For a model of attention layers (`ModelConfig`) whose texts are split at `place`. blocks: the parameters of
+        all layers; width: bytes of a number; length: max_model_len; speeds None: those of the mesh's devices."""
         attention, tensor = config.blocks[0].mixer, place.mesh.size // place.sequence
         parameters = sum(leaf.size for leaf in jax.tree.leaves(blocks)) // config.num_layers
         load = Load(
@@ -73,3 +70,18 @@ class Spreading:
             return None
         form = self.form or choose(self.load.of(shape.C, max(0, self.length - shape.C) // 2), self.speeds)
         return None if form == "whole" else Spread(devices, form)
+
+    def split(self, batch: Batch) -> tuple[Batch, ...]:
+        over = self.over(batch.shape)
+        return (batch if over is None else spread(batch, over),)
+
+    def placed(self, x: jax.Array, part: Batch) -> jax.Array:
+        return x if part.spread is None else jax.lax.with_sharding_constraint(x, self.sharding)
+
+    def joined(self, xs: tuple[jax.Array, ...], shape: Shape) -> jax.Array:
+        over = self.over(shape)
+        return xs[0] if over is None else plain(xs[0], shape, over.devices)
+
+    def options(self, shape: Shape) -> dict[str, str | bool]:
+        del shape
+        return {}

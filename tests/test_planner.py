@@ -257,6 +257,30 @@ SCHEDULE = """HloModule jit_run, is_scheduled=true
   ROOT %t = (s32[], bf16[16,8192]{1,0}) tuple(%i, %ag)
 }
 
+%begin (b: bf16[2,8]) -> (bf16[2,8], bf16[16,8]) {
+  %b = bf16[2,8]{1,0} parameter(0)
+  %g1 = bf16[16,8]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %c1 = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.3 (d: bf16[16,8]) -> bf16[16,8] {
+  %d = bf16[16,8]{1,0} parameter(0)
+  %g2 = bf16[16,8]{1,0} all-gather(%d), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %v = bf16[16,8]{1,0} convolution(%d, %d), dim_labels=bf_oi->bf
+}
+
+%finish (e: bf16[16,8]) -> bf16[16,8] {
+  %e = bf16[16,8]{1,0} parameter(0)
+  %g3 = bf16[16,8]{1,0} all-gather(%e), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %c3 = bf16[16,8]{1,0} custom-call(%g3), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter (s: bf16[16,8]) -> bf16[2,8] {
+  %s = bf16[16,8]{1,0} parameter(0)
+  %sum = bf16[16,8]{1,0} all-reduce(%s), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %own = bf16[2,8]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={2,8}
+}
+
 %cond (q: (s32[], bf16[16,8192])) -> pred[] {
   %limit = s32[]{:T(128)} constant(80), backend_config={}
   %q = (s32[], bf16[16,8192]{1,0}) parameter(0)
@@ -269,6 +293,10 @@ ENTRY %main (a: bf16[16,8192]) -> bf16[16,8192] {
   %idle-start = (bf16[4,8192]{1,0}, bf16[4,8192]{1,0}) all-gather-start(%a), replica_groups=mesh['axis_0'=8] {'axis_0'}
   %idle-done = bf16[4,8192]{1,0} all-gather-done(%idle-start)
   %w = (s32[], bf16[16,8192]{1,0}) while(%t0), condition=%cond, body=%body
+  %f1 = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) fusion(%u), kind=kCustom, calls=%begin
+  %f2 = bf16[16,8]{1,0} fusion(%f1), kind=kOutput, calls=%async_collective_fusion.3
+  %f3 = bf16[16,8]{1,0} fusion(%f1), kind=kCustom, calls=%finish
+  %f4 = bf16[2,8]{1,0} fusion(%f3), kind=kCustom, calls=%all-reduce-scatter
   ROOT %r = bf16[16,8192]{1,0} get-tuple-element(%w), index=1
 }
 """  # noqa: E501
@@ -278,11 +306,13 @@ def test_schedules_are_read():
     found = collectives(SCHEDULE, {"kv": 4, "rep": 2})
     size = 16 * 8192 * 2
     assert found == [
+        Collective("all-gather", "kv x rep", 8, 16 * 8 * 2, 1, True),  # begun, computed beside, ended
+        Collective("reduce-scatter", "kv x rep", 8, 16 * 8 * 2, 1, False),
         Collective("all-gather", "kv x rep", 8, 4 * 8192 * 2, 1, False),
         Collective("all-reduce", "rep", 2, size, 80, True),
         Collective("all-gather", "kv", 4, size, 80, False),
     ]
-    assert found[1].sent == 80 * size and found[2].sent == 80 * size * 3 / 4
+    assert found[3].sent == 80 * size and found[4].sent == 80 * size * 3 / 4
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("", {"tensor": 2})
 

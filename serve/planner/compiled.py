@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from ...attention.batch import Shape
+from ..compiled import Job
 from ..programs import Programs
 from ..sampling.sampler import Sampler, SamplerState, Starter
 from .floors import Work, backbone_work, head_work
@@ -65,7 +66,7 @@ class PlannedPrograms(Programs):
         return PlannedPrograms(
             case.graphdef, case.params, case.state(case.pages), sampler, case.buckets,
             page_size=case.page_size, width=case.width, period=case.period, whole=case.place.whole,
-            spreading=case.spreading,
+            tokens=case.step_tokens,
         )  # fmt: skip
 
     def chosen(self, full: bool) -> dict[Any, Any]:
@@ -79,17 +80,22 @@ def compile_programs(case: Case, full: bool) -> Iterator[Program]:
     """The programs of a case, one after the other; `TooLarge` where one has no room."""
     case = replace(case, devices=tuple(case.topology.compile_only()))
     for key, job in PlannedPrograms.of(case).chosen(full).items():
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            executable = _compile(job(), Path(folder))
-            seconds, text = time.perf_counter() - started, _text(executable, Path(folder))
-        yield _read(case, key, executable, text, seconds)
+        yield compile_program(case, key, job)
 
 
-def _compile(lowered: Any, folder: Path) -> Any:
+def compile_program(case: Case, key: Any, job: Job) -> Program:
+    """One of the programs of a case on compile-only devices; `TooLarge` where it has no room."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        executable = _compile(job, Path(folder))
+        seconds, text = time.perf_counter() - started, _text(executable, Path(folder))
+    return _read(case, key, executable, text, seconds)
+
+
+def _compile(job: Job, folder: Path) -> Any:
     """The executable; libtpu writes what it makes of the program to `folder`."""
     try:
-        return lowered.compile({"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+        return job.compile(xla_dump_to=str(folder), xla_dump_hlo_as_text=True)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

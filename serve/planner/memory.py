@@ -22,7 +22,8 @@ from ...model.stacked import abstract_stacked, period_of
 from ...model.state import page_bytes, snapshot_bytes, state_spec
 from ...sharding.division import Division
 from ...sharding.placement import Placement
-from ...sharding.spreading import Spreading, speeds_of_kind
+from ...sharding.spreading import speeds_of_kind
+from ...sharding.tokens import StepTokens, step_tokens
 from ...sharding.topology import Topology
 from ..buckets import BucketPlan
 from ..build import Build, choose_length, choose_numerics, spare_bytes, usual_page_size, with_length
@@ -181,11 +182,12 @@ class Case:
         return self.place.plan.place_state(specs, self.place.mesh)
 
     @cached_property
-    def spreading(self) -> Spreading | None:
-        """How prompt tokens are spread where devices share texts."""
-        return Spreading.of(
-            self.place, self.config, self.params["blocks"], width=self.numerics.dtype.itemsize, length=self.length,
-            form=self.build.sequence_parallel_form, speeds=speeds_of_kind(self.topology.generation.kind),
+    def step_tokens(self) -> StepTokens:
+        """How devices share the tokens of a step."""
+        return step_tokens(
+            self.place, self.config, self.params["blocks"], platform="tpu", width=self.numerics.dtype.itemsize,
+            length=self.length, form=self.build.sequence_parallel_form, overlap=self.build.overlap_tokens,
+            speeds=speeds_of_kind(self.topology.generation.kind),
         )  # fmt: skip
 
     @property

@@ -120,10 +120,9 @@ def _walk(
     """The collectives of a computation that runs `times` times, and of those that it calls; of a conditional, those
     of all branches."""
     lines = computations.get(name, [])
+    yield from _in_fusions(computations, lines, times, mesh, hidden)
     for at, line in enumerate(lines):
-        kind = line.operation.removesuffix("-start")
-        names = [name for part in _CALLED.findall(line.rest) for name in _NAME.findall(part)]
-        called = [name for name in names if name in computations]
+        kind, called = line.operation.removesuffix("-start"), _called(computations, line)
         if kind in KINDS:
             starts = line.operation.endswith("-start")
             yield _collective(line, kind, times, mesh, hidden or (starts and _computes_until_done(lines, at)))
@@ -133,10 +132,48 @@ def _walk(
         elif line.operation == "while":
             for inner in called:
                 yield from _walk(computations, inner, times * _trips(computations, line), mesh, hidden)
-        elif line.operation in ("fusion", "call", "conditional"):
-            # A collective inside a fusion runs beside the fusion's own arithmetic.
+        elif line.operation in ("call", "conditional"):
             for inner in called:
-                yield from _walk(computations, inner, times, mesh, hidden or line.operation == "fusion")
+                yield from _walk(computations, inner, times, mesh, hidden)
+
+
+def _called(computations: dict[str, list[_Line]], line: _Line) -> list[str]:
+    """The computations that an instruction names."""
+    names = [name for part in _CALLED.findall(line.rest) for name in _NAME.findall(part)]
+    return [name for name in names if name in computations]
+
+
+def _in_fusions(
+    computations: dict[str, list[_Line]], lines: list[_Line], times: int, mesh: dict[str, int], hidden: bool
+) -> Iterator[Collective]:
+    """Collectives inside the fusions of a computation. libtpu writes an asynchronous one into several, which begin it,
+    compute beside it (called async_collective_fusion, in a loop too) and end it, all naming its channel; one that
+    stands alone there is waited for, unless the fusion multiplies too. An all-reduce of which only a slice is kept is a
+    reduce-scatter."""
+    places: dict[str, list[tuple[int, _Line, list[_Line]]]] = {}
+    for at, line in enumerate(lines):
+        beside = "calls=%async_collective_fusion" in line.rest
+        inside = _inside(computations, line) if line.operation == "fusion" and not beside else []
+        for one in inside:
+            if one.operation in KINDS:
+                channel = re.search(r"channel_id=(\d+)", one.rest)
+                places.setdefault(channel[1] if channel else one.name, []).append((at, one, inside))
+    for found in places.values():
+        (first, one, inside), last = found[0], found[-1][0]
+        busy = any(line.operation in WORK for line in lines[first + 1 : last])
+        multiplies = any(line.operation in ("dot", "convolution") for line in inside)
+        result = _collective(one, one.operation, times, mesh, hidden or busy or multiplies)
+        sliced = one.operation == "all-reduce" and inside[-1].operation == "dynamic-slice"
+        yield replace(result, kind="reduce-scatter") if sliced else result
+
+
+def _inside(computations: dict[str, list[_Line]], fusion: _Line) -> list[_Line]:
+    """The instructions of a fusion, those of fusions in it too."""
+    found = []
+    for name in _called(computations, fusion):
+        for line in computations[name]:
+            found += [*(_inside(computations, line) if line.operation == "fusion" else ()), line]
+    return found
 
 
 def _computes_until_done(lines: list[_Line], at: int) -> bool:
