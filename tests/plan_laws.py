@@ -1,4 +1,4 @@
-"""Every plan = one device, for every family: `python -m tokenloom.tests.plan_laws [FAMILY ...] [--plan PLAN ...]`.
+"""Every plan = one device, for every family: `python -m tokenloom.tests.plan_laws [FAMILY ...]`.
 
 A plan is named by its sizes: `tensor=4`, `seq=2,tensor=2,form=gather`, `expert=2`, `expert=3,weights=int4`. A case is a
 family (or one of `SHAPES`) under a plan, written FAMILY:PLAN; without `--plan`, every name is tried under every one of
@@ -6,14 +6,15 @@ family (or one of `SHAPES`) under a plan, written FAMILY:PLAN; without `--plan`,
 says it must be prints "FAILED", and the command ends with 1. It runs on 8 devices that the CPU pretends to have.
 
 The model is the family's first drawn config in sizes that split, its weights drawn so that biases and norms matter;
-they come by `update_weights`. What is compared with an engine on one device: prompts in chunks and beside decodes, greedy
-and seeded (temperature, top-p, top-k, penalties), then the same again from the prefix cache.
+they come by `update_weights`. What is compared with an engine on one device: prompts in chunks and, with two seats or
+more, beside decodes, greedy and seeded (temperature, top-p, top-k, penalties), then the same from the prefix cache.
 """
 
 import argparse
 import os
 import random
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -34,7 +35,7 @@ from tokenloom.tests.engines import TOLERANCE, same_tokens
 from tokenloom.tests.families import drawn
 
 DEVICES, VOCAB, LENGTH = 8, 96, 128
-OPTIONS = dict(max_num_seqs=2, max_num_batched_tokens=32, page_size=16, max_model_len=96, progress=False)
+OPTIONS = dict(max_num_batched_tokens=32, page_size=16, max_model_len=96, progress=False)
 PLANS = (
     "tensor=2", "tensor=4", "seq=2,form=ring", "seq=2,form=token_ring", "seq=2,tensor=2,form=gather",
     "seq=2,tensor=4,form=ring", "expert=2", "expert=4", "seq=2,expert=2,form=token_ring",
@@ -152,18 +153,18 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     return prompts, params
 
 
-def start(name: str, plan: Plan) -> LLM:
+def start(name: str, plan: Plan, seats: int) -> LLM:
     """An engine of this plan, with `weights`."""
-    transforms = [Int4(group_size=32)] if plan.int4 else []
-    llm = LLM.from_config(config_of(name), 0, strict=True, transforms=transforms, **OPTIONS, **plan.options)
+    more = dict(max_num_seqs=seats, transforms=[Int4(group_size=32)] if plan.int4 else [])
+    llm = LLM.from_config(config_of(name), 0, strict=True, **OPTIONS, **more, **plan.options)
     llm.update_weights(weights(name))
     return llm
 
 
 @cache
-def alone(name: str, int4: bool) -> tuple:
+def alone(name: str, int4: bool, seats: int) -> tuple:
     """What one device says."""
-    llm = start(name, Plan(int4=int4))
+    llm = start(name, Plan(int4=int4), seats)
     found = tuple(llm.generate(*requests()))
     llm.close()
     return found
@@ -210,34 +211,35 @@ def same(outputs: list, expected: tuple) -> None:
                 assert off <= TOLERANCE, f"log-probabilities differ by {off:.1e}"
 
 
-def check(name: str, plan: Plan) -> str | None:
+def check(name: str, plan: Plan, seats: int) -> str | None:
     """One case: None where it is equal, or the message where it is refused, as it must be; AssertionError otherwise."""
     message = plan.refusal(config_of(name))
     try:
-        llm = start(name, plan)
+        llm = start(name, plan, seats)
     except ValueError as error:
         assert message is not None and message in str(error), error
         return str(error)
     assert message is None, f"it runs, but was to be refused: {message}"
     placed(llm, plan)
     prompts, params = requests()
-    same(llm.generate(prompts, params), alone(name, plan.int4))
-    same(llm.generate(prompts, params), alone(name, plan.int4))
+    same(llm.generate(prompts, params), alone(name, plan.int4, seats))
+    same(llm.generate(prompts, params), alone(name, plan.int4, seats))
     pages = llm.engine.pages
     assert pages.hit_tokens > 0, f"nothing was found in the prefix cache: {pages.off}"
     llm.close()
     return None
 
 
-def run(cases: list[tuple[str, str]]) -> int:
+def run(cases: list[tuple[str, str]], seats: int) -> int:
     """Print a line a case; how many failed."""
     failed = 0
     for name, plan in cases:
         try:
-            message = check(name, Plan.parse(plan))
+            message = check(name, Plan.parse(plan), seats)
             print("equal" if message is None else "refused", name, plan + (f": {message}" if message else ""))
         except Exception as error:
             failed += 1
+            traceback.print_exc()
             print(f"FAILED {name} {plan}: {type(error).__name__}: {str(error)[:400]}")
         sys.stdout.flush()
     return failed
@@ -251,6 +253,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--plan", action="append", help="a plan's name, or several times; without it: all of them"
     )
+    parser.add_argument("--seats", type=int, default=2, help="max_num_seqs; with 1 less is compiled")
     asked = parser.parse_args(arguments)
     os.environ.setdefault("XLA_FLAGS", QUICK)
     jax.config.update("jax_platforms", "cpu")
@@ -259,7 +262,7 @@ def main(arguments: list[str]) -> int:
     for one in asked.names or supported():
         name, _, plan = one.partition(":")
         cases += [(name, each) for each in ([plan] if plan else asked.plan or PLANS)]
-    return 1 if run(cases) else 0
+    return 1 if run(cases, asked.seats) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Laws of texts that are split over devices, for a process that has several: `python -m tokenloom.tests.split_laws`.
 
-`layer`, `engine CASE...` and `long TOKENS CHUNK` print a line for each case that held; anything else is an error.
+`layer` and `long TOKENS CHUNK` print a line for each case that held; anything else is an error.
 `tests/test_sequence_parallel.py` runs them on devices that the CPU pretends to have.
 """
 
@@ -23,8 +23,7 @@ from tokenloom.attention.ops import AttentionSpec, dense
 from tokenloom.attention.sequence import ring, token_ring
 from tokenloom.attention.spread import order, plain, spread
 from tokenloom.model.config import llama_config
-from tokenloom.tests.engines import check_against_whole, greedy, prompts, same_tokens
-from tokenloom.tests.shapes import ALL, LENGTH
+from tokenloom.tests.engines import greedy, same_tokens
 
 SPECS = {
     "causal": AttentionSpec(0.3),
@@ -155,30 +154,6 @@ def rings(devices: int) -> None:
         print("equal", name)
 
 
-def engine(shape: str, sequence: int, tensor: int, form: str | None, **more) -> None:
-    """An engine whose texts are split generates what the plain model says: chunked, batched, cached, sampled."""
-    options = dict(
-        max_num_seqs=2, max_num_batched_tokens=32, page_size=16, max_model_len=LENGTH, progress=False
-    )
-    llm = LLM.from_config(
-        ALL[shape](), 0, strict=True, sequence_parallel_size=sequence, tensor_parallel_size=tensor,
-        sequence_parallel_form=form, **options, **more,
-    )  # fmt: skip
-    asked = prompts(4, 5, longest=70)
-    outputs = llm.generate(asked, greedy(8))
-    for output in outputs:
-        check_against_whole(shape, output)
-    for once, again in zip(outputs, llm.generate(asked, greedy(8))):
-        same_tokens(once, again)
-    assert llm.engine.pages.hit_tokens > 0
-    for entry in llm.engine.programs.state:
-        assert isinstance(entry, SplitKV)
-        data = entry.pages.v.addressable_shards[0].data
-        assert data.size * sequence * min(tensor, data.shape[1] * tensor) == entry.pages.v.size
-    llm.close()
-    print("equal", shape, sequence, tensor, form)
-
-
 def long(tokens: int, chunk: int) -> None:
     """A prompt of so many tokens in chunks, over all devices, against one device."""
     config = llama_config(
@@ -215,9 +190,5 @@ if __name__ == "__main__":
     if what == "layer":
         layer(jax.device_count())
         rings(jax.device_count())
-    elif what == "long":
-        long(*map(int, rest))
     else:
-        for case in rest:
-            shape, sequence, tensor, form = case.split(",")
-            engine(shape, int(sequence), int(tensor), form or None)
+        long(*map(int, rest))

@@ -1,4 +1,5 @@
-"""Any plan = one device: texts split over devices, in every form; equal work; the cost formula; refusals."""
+"""Texts split over devices: layers, a long prompt, equal work, the cost formula, refusals; engines:
+`tests/test_plans.py`."""
 
 from dataclasses import replace
 
@@ -29,11 +30,6 @@ def law(devices, *arguments):
 def test_split_pages_equal_whole_pages():
     """One layer: decodes, prompts in all forms, windows, soft caps, chunks, int8; and both rings against `dense`."""
     assert len(law(4, "layer")) == 8 + 5
-
-
-@pytest.mark.parametrize("case", ["llama,2,2,ring", "windowed,2,1,token_ring"])
-def test_split_texts_generate_what_the_plain_model_says(case):
-    assert len(law(4, "engine", case)) == 1
 
 
 def test_a_long_prompt_over_eight_devices():

@@ -1,48 +1,9 @@
-"""Any plan = one device: models split over two devices generate what the plain model says."""
+"""How heads split over devices, and refusals; engines: `tests/test_plans.py`."""
 
 import pytest
 from tokenloom import LLM
 from tokenloom.sharding.placement import needs_split, possible_sizes, split_heads
-from tokenloom.tests.devices import run_on
 from tokenloom.tests.shapes import ALL
-
-SPLIT = """
-import jax, numpy as np
-from tokenloom import LLM
-from tokenloom.attention.caches.paged import PagedKV
-from tokenloom.model.config import llama_config
-from tokenloom.tests.engines import check_against_whole, engine, greedy, prompts
-from tokenloom.tests.shapes import ALL, LENGTH
-
-ALL["grouped"] = lambda: llama_config(
-    layers=1, hidden=64, heads=8, kv_heads=2, intermediate=128, vocab=304, max_position=LENGTH
-)
-for shape, size, more in CASES:
-    llm = LLM.from_config(
-        ALL[shape](), 0, max_num_seqs=2, max_num_batched_tokens=32, page_size=16, max_model_len=64, strict=True,
-        progress=False, tensor_parallel_size=size, **more,
-    )
-    for output in llm.generate(prompts(4, 5, longest=45), greedy(10)):
-        check_against_whole(shape, output)
-    weights = jax.tree.leaves(llm.engine.programs.params)
-    split = [leaf for leaf in weights if not leaf.sharding.is_fully_replicated]
-    assert len(split) >= len(weights) // 3
-    pages = [entry.k for entry in llm.engine.programs.state if isinstance(entry, PagedKV)]
-    for page in pages:
-        shards = page.addressable_shards
-        assert len(shards) == size and shards[0].data.shape[1] == max(1, page.shape[1] // size)
-    one = engine(shape).engine.programs.params
-    llm.update_weights(jax.tree.map(np.asarray, one))
-    check_against_whole(shape, llm.generate(prompts(1, 6, longest=45), greedy(6))[0])
-    llm.close()
-    print("equal", shape, size)
-"""
-
-
-def test_split_models_equal_whole_ones():
-    """KV heads split, and, where devices are more than KV heads, repeated: 2 x 2 and 2 x 4 devices."""
-    cases = [("experts", 2, {}), ("hybrid", 4, {}), ("grouped", 8, {})]
-    assert run_on(8, "-c", SPLIT.replace("CASES", repr(cases))).count("equal") == len(cases)
 
 
 def test_sizes_that_cannot_be_are_refused():
