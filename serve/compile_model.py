@@ -92,7 +92,7 @@ def _write_planned(case: Case, devices: list[Any], pages: int, folder: str | Pat
     programs = PlannedPrograms(
         case.graphdef, _placed(weights, put), _placed(spec, homes), sampler, case.buckets,
         page_size=case.page_size, width=case.width, period=case.period,
-        whole=None if place is None else place.whole, spreading=case.spreading,
+        whole=None if place is None else place.whole, tokens=case.step_tokens,
     )  # fmt: skip
     whole = one if place is None else place.whole
     programs.sampler_state = sampler.start(programs.compiler, whole)
