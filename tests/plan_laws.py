@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tokenloom import LLM, Int4, SamplingParams
+from tokenloom import LLM, Int4, Int8, SamplingParams
 from tokenloom.attention.caches.paged import PagedKV
 from tokenloom.attention.caches.split import SplitKV
 from tokenloom.attention.spread import spreads
@@ -48,27 +48,31 @@ SIZES = dict(
 )  # fmt: skip
 """What a drawn config says of these, under any family's name for it, is replaced: equal sizes share compiled heads."""
 
+TRANSFORMS: dict[str, list[Any]] = {
+    "": [], "int8": [Int8(activations=None)], "int4": [Int4(group_size=16)],
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Plan:
-    """seq groups, which share each text, of tensor devices; experts: whole on their devices; int4: weights."""
+    """seq groups, which share each text, of tensor devices; experts: whole on their devices; weights: quantised."""
 
     seq: int = 1
     tensor: int = 1
     experts: bool = False
     form: Any = None
-    int4: bool = False
+    weights: str = ""
 
     @staticmethod
     def parse(text: str) -> "Plan":
         """From its name; ValueError for another."""
         given = dict(part.partition("=")[::2] for part in text.split(","))
-        seq, form, weights = int(given.pop("seq", 1)), given.pop("form", None), given.pop("weights", None)
+        seq, form, weights = int(given.pop("seq", 1)), given.pop("form", None), given.pop("weights", "")
         experts = "expert" in given
         tensor = int(given.pop("expert" if experts else "tensor", 1))
-        if given or weights not in (None, "int4"):
-            raise ValueError(f"plan {text!r}: give seq=, tensor= or expert=, form=, weights=int4")
-        return Plan(seq, tensor, experts, form, weights is not None)
+        if given or weights not in TRANSFORMS:
+            raise ValueError(f"plan {text!r}: give seq=, tensor= or expert=, form=, weights=int4 or int8")
+        return Plan(seq, tensor, experts, form, weights)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -79,10 +83,10 @@ class Plan:
 
     def refusal(self, config: ModelConfig) -> str | None:
         """What the message must say where this model cannot have this plan."""
-        if self.seq > 1 and config.recurrent:
-            return f"{config.model_type} has recurrent layers"
         if self.experts and not config.expert_counts:
             return "the model has no experts"
+        if self.seq > 1 and config.recurrent:
+            return f"{config.model_type} has recurrent layers"
         return None
 
 
@@ -155,16 +159,16 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
 
 def start(name: str, plan: Plan, seats: int) -> LLM:
     """An engine of this plan, with `weights`."""
-    more = dict(max_num_seqs=seats, transforms=[Int4(group_size=32)] if plan.int4 else [])
+    more = dict(max_num_seqs=seats, transforms=TRANSFORMS[plan.weights])
     llm = LLM.from_config(config_of(name), 0, strict=True, **OPTIONS, **more, **plan.options)
     llm.update_weights(weights(name))
     return llm
 
 
 @cache
-def alone(name: str, int4: bool, seats: int) -> tuple:
+def alone(name: str, stored: str, seats: int) -> tuple:
     """What one device says."""
-    llm = start(name, Plan(int4=int4), seats)
+    llm = start(name, Plan(weights=stored), seats)
     found = tuple(llm.generate(*requests()))
     llm.close()
     return found
@@ -173,9 +177,11 @@ def alone(name: str, int4: bool, seats: int) -> tuple:
 def placed(llm: LLM, plan: Plan) -> None:
     """Every device holds its part of weights and pages, and no more; long steps are spread."""
     programs, config = llm.engine.programs, llm.config
-    leaves = jax.tree.leaves(programs.params)
-    cut = [leaf for leaf in leaves if not leaf.sharding.is_fully_replicated]
+    leaves = flatten(programs.params)
+    cut = [path for path, leaf in leaves.items() if not leaf.sharding.is_fully_replicated]
     assert plan.tensor == 1 or len(cut) >= len(leaves) // 4, f"{len(cut)} of {len(leaves)} weights are split"
+    if plan.weights:
+        assert any(path.endswith("codes") for path in cut)
     for entry in programs.state:
         pages = entry.pages if isinstance(entry, SplitKV) else entry
         if isinstance(pages, PagedKV):
@@ -222,8 +228,8 @@ def check(name: str, plan: Plan, seats: int) -> str | None:
     assert message is None, f"it runs, but was to be refused: {message}"
     placed(llm, plan)
     prompts, params = requests()
-    same(llm.generate(prompts, params), alone(name, plan.int4, seats))
-    same(llm.generate(prompts, params), alone(name, plan.int4, seats))
+    same(llm.generate(prompts, params), alone(name, plan.weights, seats))
+    same(llm.generate(prompts, params), alone(name, plan.weights, seats))
     pages = llm.engine.pages
     assert pages.hit_tokens > 0, f"nothing was found in the prefix cache: {pages.off}"
     llm.close()

@@ -24,7 +24,6 @@ from tokenloom.model.transforms.calibration import windows
 from tokenloom.model.transforms.outlier_suppression_plus import can_shift, fold, units
 from tokenloom.model.transforms.transform import assemble, from_record, leaves_of, to_record
 from tokenloom.model.transforms.unified_layer_skipping import reserved
-from tokenloom.tests.devices import run_on
 from tokenloom.tests.engines import greedy, prompts, same_tokens
 from tokenloom.tests.shapes import ALL, VOCAB, llama
 
@@ -55,6 +54,9 @@ TOLERANCES = {"int8": 5e-3}
 SIZES = dict(
     max_num_seqs=4, max_num_batched_tokens=32, page_size=16, max_model_len=96, strict=True, progress=False
 )
+
+
+LONGEST = 48
 
 
 def deep() -> ModelConfig:
@@ -295,7 +297,7 @@ def test_depth_never_grows_along_a_text():
 @pytest.mark.parametrize("name", ("unified", "skip-decode"))
 def test_an_engine_that_skips_equals_one_pass_with_masks(name):
     """Decoding step by step, alone and in company, with preemption: each token's layers follow from its place."""
-    sizes = {**SIZES, "page_size": 8, "num_pages": 8, "max_num_seqs": 2, "max_model_len": 48}
+    sizes = {**SIZES, "page_size": 8, "num_pages": 8, "max_num_seqs": 2, "max_model_len": LONGEST}
     with LLM.from_config(deep(), 1, transforms=[TRANSFORMS[name]], **sizes) as engine:
         assert not engine.engine.pages.sharing
         for output in engine.generate(prompts(3, 5, 24), greedy(16)):
@@ -313,18 +315,24 @@ def test_an_engine_that_skips_equals_one_pass_with_masks(name):
 def masked(model, ids: list[int], prompt: int) -> np.ndarray:
     """Log-probabilities [len(ids), V] of one pass where each token passes by the layers that it skips; what it skipped
     holds no keys for others."""
-    x, rows = model.embedding(jnp.asarray(ids)), len(ids)
-    positions, prompts_ = jnp.arange(rows), jnp.full(rows, prompt)
-    for index, block in enumerate(model.blocks):
-        active = np.asarray(model.config.depth.active(index, model.num_layers, positions, prompts_))
-        runs = np.flatnonzero(active)
+    depth, positions = model.config.depth, np.arange(LONGEST)
+    active = np.stack(
+        [depth.active(layer, model.num_layers, positions, np.full(LONGEST, prompt)) for layer in range(6)]
+    )
+    for runs in active:
         # A token that is active sees the active ones before it; both schedules make them all that it may see.
-        last = int(runs.max()) + 1
-        assert active[:last].all() or isinstance(model.config.depth, ReservedLayers)
-        batch = rectangle(jnp.asarray(ids)[None, :last])
-        y, _ = block(x[:last], batch, Uncached())
-        x = x.at[:last].set(jnp.where(active[:last, None], y, x[:last]))
-    return np.asarray(jax.nn.log_softmax(model.head(model.normalise(x)), -1))
+        assert runs[: int(np.flatnonzero(runs).max()) + 1].all() or isinstance(depth, ReservedLayers)
+    padded = np.zeros(LONGEST, np.int32)
+    padded[: len(ids)] = ids
+    return np.asarray(_masked(model, jnp.asarray(padded), jnp.asarray(active)))[: len(ids)]
+
+
+@nnx.jit
+def _masked(model, ids: jax.Array, active: jax.Array) -> jax.Array:
+    x, batch = model.embedding(ids), rectangle(ids[None])
+    for block, runs in zip(model.blocks, active, strict=True):
+        x = jnp.where(runs[:, None], block(x, batch, Uncached())[0], x)
+    return jax.nn.log_softmax(model.head(model.normalise(x)), -1)
 
 
 # -- whole engines -----------------------------------------------------------------------------------------
@@ -377,30 +385,6 @@ def test_an_engine_opens_what_it_saved_and_takes_new_weights(name, tmp_path):
         again.update_weights(tmp_path / "saved")
         for a, b in zip(before, again.generate(drawn, greedy(8))):
             assert a.outputs[0].token_ids == b.outputs[0].token_ids
-
-
-SPLIT = """
-import numpy as np, jax
-from dataclasses import replace
-from tokenloom import LLM, Int4, Int8
-from tokenloom.tests.engines import greedy, prompts, same_tokens
-from tokenloom.tests.shapes import llama
-
-sizes = dict(max_num_seqs=2, max_num_batched_tokens=32, page_size=16, max_model_len=64, progress=False)
-for transform in (Int8(activations=None), Int4(group_size=16)):
-    one, two = (
-        LLM.from_config(llama(), 0, transforms=[transform], tensor_parallel_size=size, **sizes) for size in (1, 2)
-    )
-    codes = two.engine.programs.params["blocks"][0]["channel"]["down"]["weight"]["codes"]
-    assert not codes.sharding.is_fully_replicated
-    for a, b in zip(one.generate(prompts(3, 2, 30), greedy(8)), two.generate(prompts(3, 2, 30), greedy(8))):
-        same_tokens(a, b)
-    print("equal")
-"""
-
-
-def test_codes_and_scales_split_with_their_weight():
-    assert run_on(2, "-c", SPLIT).count("equal") == 2
 
 
 def test_experts_are_rounded_and_routers_are_not():
