@@ -37,11 +37,12 @@ POLL_SECONDS = 5e-5
 class Replicas:
     """Engines of one model as one. Not thread-safe: one driver steps it.
 
-    A new request goes to the replica that is through with it first, counted in steps: each of its unfinished sequences
-    takes one of max_num_seqs rows of a step, each prompt token without a result yet one of max_num_batched_tokens, and
-    so do the tokens of the new prompt that its prefix cache does not hold. So the least loaded one gets it, unless
-    another saves more than it lags behind; ties go to the first. One whose waiting queue is full is asked last.
-    (Preble, Srivatsa et al. 2024, arXiv 2407.00023, weighs load against cached prefixes so.)
+    A new request goes to a replica with a free seat, if there is one, and among these to the one that is through with
+    it first, counted in steps: each unfinished sequence takes one of max_num_seqs rows of a step, each prompt token
+    without a result yet one of max_num_batched_tokens, and so do the tokens of the new prompt that the prefix cache
+    lacks. So the least loaded one gets it, unless another saves more than it lags behind; ties go to the first. One
+    whose waiting queue is full is asked last. (Preble, Srivatsa et al. 2024, arXiv 2407.00023, weighs load against
+    cached prefixes, too.)
     """
 
     def __init__(self, engines: Sequence[Engine]):
@@ -87,11 +88,12 @@ class Replicas:
         chain = Chain((None, request.cache_salt))
         missing = {one: len(tokens) - held(one.pages, chain, tokens) for one in self.replicas}
 
-        def cost(one: Engine) -> tuple[bool, int]:
+        def cost(one: Engine) -> tuple[bool, bool, int]:
             scheduler = one.scheduler
             sequences = len(scheduler.waiting) + len(scheduler.running)
             prompts = self._outstanding[one] + missing[one]
-            return not one.room, sequences * scheduler.budget + prompts * scheduler.max_num_seqs
+            seats = scheduler.max_num_seqs
+            return not one.room, sequences >= seats, sequences * scheduler.budget + prompts * seats
 
         best = min(self.replicas, key=cost)
         return best, missing[best]

@@ -11,7 +11,7 @@ from tokenloom.serve.replicas import Replicas
 from tokenloom.tests.devices import run_on
 from tokenloom.tests.shapes import ALL
 
-PAGE, SEATS, BUDGET = 4, 4, 16
+PAGE, SEATS, BUDGET = 4, 16, 64
 
 
 class Fake:
@@ -109,11 +109,23 @@ def test_a_cached_prefix_attracts_and_load_outweighs_it():
     assert replicas.route(Asked(*text)) == (b, 1)
     assert replicas.route(Asked(*text[:20], 7)) == (b, 1)
     assert replicas.route(Asked(99, *text)) == (a, 42)
-    b.scheduler.running = [None] * 9  # 9 x 16 is less than what 40 tokens save, 40 x 4
+    b.scheduler.running = [None] * 9  # 9 x 64 is less than what 40 tokens save, 40 x 16
     assert replicas.route(Asked(*text)) == (b, 1)
     b.scheduler.running = [None] * 10  # as much: a tie goes to the first
     assert replicas.route(Asked(*text)) == (a, 41)
     assert replicas.route(Asked(1 << 40, 3)) == (a, 2)  # the engine says what is wrong with it
+
+
+def test_a_free_seat_comes_before_a_cached_prefix():
+    replicas, (a, b), _ = fakes()
+    text = list(range(201))
+    b.remember(text)
+    b.scheduler.running = [None] * (SEATS - 1)
+    assert replicas.route(Asked(*text)) == (b, 1)
+    b.scheduler.running = [None] * SEATS
+    assert replicas.route(Asked(*text)) == (a, 201)
+    a.scheduler.running = [None] * SEATS
+    assert replicas.route(Asked(*text)) == (b, 1)
 
 
 def test_a_full_queue_is_asked_last():

@@ -17,7 +17,9 @@ def add_command(commands: Any) -> None:
     plan.add_argument(
         "--topology", required=True, help="a slice: v5e:4x4 as JAX names it, or v5e-16 as the cloud does"
     )
-    plan.add_argument("--plan", default="auto", help="auto, or factors: tensor=8; data=2,tensor=4; expert=8")
+    plan.add_argument(
+        "--plan", default="auto", help="auto, or factors: tensor=8; data=2,tensor=4; seq=2,tensor=4; expert=8"
+    )
     plan.add_argument("--max-model-len", type=int, help="default: 8192, or what the model can")
     plan.add_argument("--max-num-seqs", type=int, help="a replica; default: as many as fit, up to 256")
     plan.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
