@@ -4,9 +4,9 @@
 
 steps: held-out files of the standard library (never trained on), greedy: how many tokens a verification emits. An edit
 repeats a file with a few names changed, the text that CopySpec is for. Counts do not depend on the machine.
-time: one sequence, the embedded target deepened with blocks that add nothing (their last projections are zero: the same
-function at the cost of a larger model) until it costs `RATIO` times its draft. load: 1 to 32 sequences, speculation on,
-off, and SmartSpec choosing; medians of interleaved rounds.
+time: one sequence, the embedded target deepened with blocks that add nothing (their last projections are zero: the
+same function at the cost of a larger model) until it costs about 20 times its draft. load: 1 to 32 sequences,
+speculation on, off, and SmartSpec choosing; medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from common import quiet_arguments, still_quiet, table
 from safetensors.numpy import load_file, save_file
 from tokenloom import LLM, CopySpec, DraftModel, SamplingParams, SmartSpec, TokenRecycling
 from tokenloom.adapt.data import collect, split, standard_library
+from tokenloom.serve.drafters.controller import Always, Controller
 from tokenloom.serve.drafters.draft import Drafter
 
 DEMO = Path(__file__).resolve().parent.parent / "model" / "demo"
-PROMPT, OUTPUT, EXTRA_LAYERS = 256, 128, 18
+PROMPT, OUTPUT = 256, 128
+DEEP, LOADED = 28, 10
+"""Blocks that are added for one sequence, and, with many more programs, for up to 32."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
 
 
@@ -128,18 +131,21 @@ def seconds(llm: LLM, texts: list[list[int]]) -> float:
     return (time.perf_counter() - start) / (len(texts) * OUTPUT)
 
 
-def medians(contenders: dict[str, LLM], texts: list[list[int]], rounds: int) -> dict[str, float]:
-    for llm in contenders.values():
-        seconds(llm, texts)
+def medians(
+    contenders: dict[str, tuple[LLM, Controller | None]], texts: list[list[int]], rounds: int
+) -> dict[str, float]:
+    """Seconds a token of each engine, and its controller: interleaved rounds, the first of which does not count."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, llm in contenders.items():
+    for _ in range(rounds + 1):
+        for name, (llm, controller) in contenders.items():
+            if controller is not None:
+                llm.engine.programs.speculation.controller = controller
             found[name].append(seconds(llm, texts))
-    return {name: statistics.median(one) for name, one in found.items()}
+    return {name: statistics.median(one[1:]) for name, one in found.items()}
 
 
 def timed(rounds: int) -> None:
-    folder = deepened(EXTRA_LAYERS)
+    folder = deepened(DEEP)
     sizes = dict(max_num_seqs=1, max_model_len=1024, progress=False, prefix_cache=False)
     plain = LLM(folder, **sizes)
     draft = LLM("demo-draft", **sizes)
@@ -148,9 +154,10 @@ def timed(rounds: int) -> None:
         "Token Recycling, 16 slots": TokenRecycling(nodes=16),
         "CopySpec, else draft model, 4": CopySpec(fallback=DraftModel(tokens=4)),
     }
-    contenders = {"plain": plain} | {name: LLM(folder, drafter=one, **sizes) for name, one in makers.items()}
+    drafting = {name: (LLM(folder, drafter=one, **sizes), None) for name, one in makers.items()}
+    contenders = {"plain": (plain, None)} | drafting
     texts = prompts(plain, 1)
-    alone = medians({"draft": draft}, texts, 1)["draft"]
+    alone = medians({"draft": (draft, None)}, texts, 1)["draft"]
     found = medians(contenders, texts, rounds)
     print(f"the target costs {found['plain'] / alone:.1f} times its draft a token")
     rows = [("one sequence, greedy", "ms a token", "plain over it")]
@@ -160,18 +167,19 @@ def timed(rounds: int) -> None:
 
 
 def loads(rounds: int) -> None:
-    folder = deepened(EXTRA_LAYERS)
-    sizes = dict(max_num_seqs=32, max_model_len=512, progress=False, prefix_cache=False)
-    drafter = DraftModel(tokens=(2, 4))
+    folder = deepened(LOADED)
+    sizes = dict(
+        max_num_seqs=32, max_model_len=256, max_num_batched_tokens=64, progress=False, prefix_cache=False
+    )
     smart = SmartSpec()
+    drafting = LLM(folder, drafter=DraftModel(tokens=(2, 4)), controller=smart, **sizes)
+    always = Always(max(drafting.engine.programs.speculation.shapes))
     contenders = {
-        "off": LLM(folder, **sizes),
-        "on, 4": LLM(folder, drafter=drafter, **sizes),
-        "SmartSpec": LLM(folder, drafter=drafter, controller=smart, **sizes),
-    }
+        "off": (LLM(folder, **sizes), None), "on, 4": (drafting, always), "SmartSpec": (drafting, smart)
+    }  # fmt: skip
     rows = [("sequences", *contenders, "SmartSpec over the better")]
     for count in (1, 2, 4, 8, 16, 32):
-        texts = (prompts(contenders["off"], 32) * 2)[:count]
+        texts = (prompts(drafting, 32) * 2)[:count]
         found = medians(contenders, [text[:64] for text in texts], rounds)
         better = min(found["off"], found["on, 4"])
         times = (f"{1e3 * one:.2f}" for one in found.values())

@@ -3,8 +3,7 @@
 The goodput of a shape is the tokens that a row is expected to emit over the seconds that a step takes. The paper fits
 the seconds by regression over batch sizes and contexts; here every shape and width is a compiled program, so they are a
 table, measured once. Lines of k tokens share one acceptance a: (1 - a^(k+1)) / (1 - a) tokens; a tree has its own
-average. The paper's speculation must win by a tenth; off, one step in `probe` drafts, or nobody would ever see that
-acceptance has come back.
+average. Off, one step in `probe` drafts, or nobody would ever see that acceptance has come back.
 """
 
 from __future__ import annotations
@@ -15,6 +14,9 @@ from dataclasses import dataclass, field
 
 from .draft import DraftShape
 
+FIRST = 10.0
+"""Tries that the first estimate counts for."""
+
 
 def expected(acceptance: float, tokens: int) -> float:
     """Tokens that verifying a line of `tokens` drafts emits on average, the target's own included."""
@@ -24,19 +26,37 @@ def expected(acceptance: float, tokens: int) -> float:
 
 
 @dataclass
+class Seen:
+    """A share of tries that came off: counts that fade, so that the last steps weigh most."""
+
+    tries: float
+    hits: float
+
+    def add(self, tries: float, hits: float, fade: float) -> None:
+        self.tries, self.hits = self.tries * fade + tries, self.hits * fade + hits
+
+    @property
+    def mean(self) -> float:
+        return self.hits / self.tries
+
+
+@dataclass
 class SmartSpec:
-    """acceptance: the first estimate; keep: how much of it stays at each observation; margin: by how much speculation
-    must win over plain decoding; every: steps between decisions; probe: one step in so many drafts while it is off."""
+    """acceptance: the first estimate, worth ten tries; keep: what is left of what was seen when a step later is seen
+    (of a silence, up to five steps later); margin: by how much speculation must win over plain decoding; every: steps
+    between decisions; probe: one step in so many drafts while it is off."""
 
     acceptance: float = 0.7
-    keep: float = 0.85
-    margin: float = 1.1
+    keep: float = 0.98
+    margin: float = 1.02
     every: int = 20
     probe: int = 50
     seconds: dict[tuple[DraftShape | None, int], float] = field(default_factory=dict, repr=False)
-    _trees: dict[DraftShape, float] = field(default_factory=dict, repr=False)
+    _lines: Seen = field(init=False, repr=False)
+    _trees: dict[DraftShape, Seen] = field(default_factory=dict, repr=False)
     _widths: tuple[int, ...] = field(default=(), repr=False)
     _steps: int = field(default=0, repr=False)
+    _seen: int = field(default=0, repr=False)
     _decided: dict[int, DraftShape | None] = field(default_factory=dict, repr=False)
     _off: int = field(default=0, repr=False)
 
@@ -47,6 +67,7 @@ class SmartSpec:
             raise ValueError(
                 f"margin={self.margin}, every={self.every} and probe={self.probe} must be at least 1"
             )
+        self._lines = Seen(FIRST, FIRST * self.acceptance)
 
     def calibrate(
         self, shapes: Sequence[DraftShape], widths: Sequence[int],
@@ -55,7 +76,11 @@ class SmartSpec:
         if self.seconds:
             raise ValueError("this SmartSpec serves another engine already; make one for each")
         self._widths = tuple(sorted(widths))
-        self._trees = {shape: expected(self.acceptance, shape.depth) for shape in shapes if not shape.chain}
+        self._trees = {
+            shape: Seen(FIRST, FIRST * expected(self.acceptance, shape.depth))
+            for shape in shapes
+            if not shape.chain
+        }
         self.seconds = {
             (shape, width): seconds(shape, width) for shape in (None, *shapes) for width in widths
         }
@@ -64,7 +89,7 @@ class SmartSpec:
         """Tokens that a row is expected to emit in a step of this shape."""
         if shape is None:
             return 1.0
-        return expected(self.acceptance, shape.depth) if shape.chain else self._trees[shape]
+        return expected(self._lines.mean, shape.depth) if shape.chain else self._trees[shape].mean
 
     def best(self, width: int) -> DraftShape | None:
         """The shape of the highest goodput; None unless a draft wins by the margin."""
@@ -90,10 +115,10 @@ class SmartSpec:
     def observe(self, shape: DraftShape, emitted: Sequence[int]) -> None:
         if not emitted:
             return
+        fade = self.keep ** min(max(1, self._steps - self._seen), 5)
+        self._seen = self._steps
         if not shape.chain:
-            seen = sum(emitted) / len(emitted)
-            self._trees[shape] = self.keep * self._trees[shape] + (1 - self.keep) * seen
+            self._trees[shape].add(len(emitted), sum(emitted), fade)
             return
         accepted = sum(count - 1 for count in emitted)
-        tried = accepted + sum(count - 1 < shape.depth for count in emitted)
-        self.acceptance = self.keep * self.acceptance + (1 - self.keep) * accepted / tried
+        self._lines.add(accepted + sum(count - 1 < shape.depth for count in emitted), accepted, fade)
