@@ -149,16 +149,14 @@ def test_prompts_weigh_until_they_have_a_token():
 
 
 def test_replicas_generate_what_one_engine_does():
-    """Greedy against the plain model and seeded draws against one engine, preempted in too small pools; swaps too."""
-    assert "same llama 2 1" in run_on(4, "-m", "tokenloom.tests.replicas", "llama", "2", "1")
+    """Greedy against the plain model and seeded draws against one engine, preempted in too small pools; swaps,
+    searches, segments, errors and telemetry too."""
+    shown = run_on(2, "-m", "tokenloom.tests.replicas", "small,2,1", "life")
+    assert "same small 2 1" in shown and "life" in shown
 
 
 def test_replicas_of_several_devices():
-    assert "same llama 2 2" in run_on(4, "-m", "tokenloom.tests.replicas", "llama", "2", "2")
-
-
-def test_what_stands_above_an_engine_stands_above_replicas():
-    assert "life" in run_on(2, "-m", "tokenloom.tests.replicas", "life")
+    assert "same small 2 2" in run_on(4, "-m", "tokenloom.tests.replicas", "small,2,2")
 
 
 def test_replicas_that_cannot_be_are_refused():
