@@ -200,21 +200,22 @@ def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
 
 
 def _advice(case: Case) -> Iterator[str]:
-    """What would make it fit; each was tried."""
+    """What would make it fit; each was tried. Where a program does not compile though all was predicted to fit, what
+    needs less of the same is no advice."""
     build, where, dtype = case.build, case.topology, str(case.numerics.param_dtype)
-    if case.sequences_that_fit:
+    if 0 < case.sequences_that_fit < case.seats:
         yield f"fewer sequences: max_num_seqs={case.sequences_that_fit}"
     shorter = (case.pages_that_fit - 1) // case.seats * case.page_size if case.width else 0
-    if 0 < shorter < case.length:
+    if not case.fits and 0 < shorter < case.length:
         yield f"shorter sequences: max_model_len={shorter}"
-    if case.kv_bytes and build.kv_cache_dtype not in EIGHT_BITS:
+    if not case.fits and case.kv_bytes and build.kv_cache_dtype not in EIGHT_BITS:
         smaller = replace(case, build=replace(build, kv_cache_dtype="int8"))
         if smaller.fits:
             yield "keys and values in 8 bits: kv_cache_dtype=int8"
     others = (
         one
         for one in _working(case.config, where, build, dtype, False)
-        if one.fits and not one.division.experts
+        if one.fits and not one.division.experts and one.division != replace(case.division, experts=False)
     )
     if (found := next(others, None)) is not None:
         yield f"another plan: {found.division.name}"
