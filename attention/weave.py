@@ -51,13 +51,13 @@ def halves(batch: Batch, weave: Weave) -> tuple[Batch, Batch]:
     rest["rows"] = rest["rows"] - shape.B
     if batch.prompt_lengths is not None:
         rest["prompt_lengths"] = batch.prompt_lengths[shape.B :]
-    return (
-        replace(
-            batch, shape=replace(shape, C=cut), query_starts=jnp.minimum(starts, cut), lengths=until, weave=weave,
-            **first,
-        ),
-        replace(
-            batch, shape=type(shape)(0, 1, shape.R, shape.C - cut), query_starts=jnp.maximum(starts - cut, 0),
-            starts=until[shape.B :], ancestors=None, weave=weave, **rest,
-        ),
+    one = replace(
+        batch, shape=replace(shape, C=cut), query_starts=jnp.minimum(starts, cut), lengths=until, **first
+    )
+    two = replace(
+        batch, shape=type(shape)(0, 1, shape.R, shape.C - cut), query_starts=jnp.maximum(starts - cut, 0),
+        starts=until[shape.B :], ancestors=None, **rest,
     )  # fmt: skip
+    # Positions and the like stay whole, or the compiler shares them out with x, and gathers what is made of them.
+    one, two = (jax.lax.with_sharding_constraint(half, weave.together) for half in (one, two))
+    return replace(one, weave=weave), replace(two, weave=weave)

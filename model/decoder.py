@@ -77,13 +77,16 @@ class Block(nnx.Module):
         x = x + (y if scale == 1.0 else scale * y)
         return (norms[0](x) if wiring == "after" else x), state
 
+    def _channelled(self, h: jax.Array, batch: Batch) -> jax.Array:
+        """The channel mixer's result, as tokens lie between mixers."""
+        assert self.channel is not None
+        return batch.apart(self.channel(h if self.channel.takes_apart(batch) else batch.together(h), batch))
+
     def _fed(self, x: jax.Array, batch: Batch) -> jax.Array:
         """x after the channel mixer and its residual."""
         wiring, scale, norms = self.config.wiring, self.config.residual_scale, self.norms
-        assert self.channel is not None
         with jax.named_scope("channel"):
-            y = self.channel(batch.together(self.channel_norm(x) if self.normed_first else x), batch)
-        y = batch.apart(y)
+            y = self._channelled(self.channel_norm(x) if self.normed_first else x, batch)
         if wiring in ("post", "sandwich"):
             y = norms[-1](y)
         x = x + (y if scale == 1.0 else scale * y)

@@ -28,6 +28,11 @@ class MLP(nnx.Module):
         start = jnp.full((1,), -1.0, jnp.float32)
         self.threshold = nnx.Param(start, axes=(None,)) if config.thresholded else None
 
+    def takes_apart(self, batch: Batch) -> bool:
+        """Whether x comes as tokens lie between mixers: never, every device has a part of each feature."""
+        del batch
+        return False
+
     def gates(self, x: jax.Array) -> jax.Array:
         """act(gate(x)) [T,I], with those that the threshold cuts off set to zero."""
         assert self.gate is not None

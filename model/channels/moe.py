@@ -85,6 +85,11 @@ class MoE(nnx.Module):
         self.up = matrix(rngs, (X, size, hidden), wide, numerics, hidden**-0.5)
         self.down = matrix(rngs, (X, hidden, size), narrow, numerics, size**-0.5)
 
+    def takes_apart(self, batch: Batch) -> bool:
+        """Whether rows are sent to their experts from where tokens lie between mixers, and not gathered: where a token
+        has fewer experts than there are devices."""
+        return batch.weave is not None and self.split is not None and self.config.top_k < self.split.devices
+
     def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
         c = self.config
         with jax.named_scope("router"):
@@ -98,4 +103,6 @@ class MoE(nnx.Module):
         mix = partial(mixture, activation=c.activation, platform=self.platform, stored=self.stored)
         if self.split is None:
             return mix(x, weights, experts, matrices, 0)
+        if self.takes_apart(batch):
+            return self.split.exchange(mix, x, weights, experts, matrices, self.platform)
         return self.split.run(mix, x, weights, experts, matrices, batch.spread is not None)
