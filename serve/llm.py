@@ -33,6 +33,7 @@ from .prompts import Prompt, each, encode_prompt, is_prompt, need_tokenizer, sal
 from .replicas import build_replicas, check_replicas
 from .request import Request, Sample
 from .sampling.cyclic_reflex import with_reflection_tokens
+from .sampling.defaults import default_sampling_params
 from .sampling.params import SamplingParams
 from .stream import Stream
 from .telemetry.engine import MeasuredEngine
@@ -139,6 +140,7 @@ class LLM:
             opened = open_model(model, dtype, build)
             self.name, self.folder, self.seed, self.progress = opened.name, opened.folder, seed, progress
             self.tokenizer = None if skip_tokenizer_init else open_tokenizer(tokenizer, opened.folder)
+            self.defaults = default_sampling_params(opened.folder)
             opened, self.transforms = Transforms.of(opened).apply(
                 opened, transforms, calibration, self.tokenizer, build
             )
@@ -175,7 +177,7 @@ class LLM:
         gangs: Sequence[Gang | None] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts; results come in the order of the prompts.
+        """Complete prompts; results come in the order of the prompts. sampling_params None: the checkpoint's own.
 
         A prompt is a string, a list of token ids, or {"prompt": ...} / {"prompt_token_ids": ...}, which may hold
         a "cache_salt" too: prompts share cached prefixes with those of the same salt only. In a list, a prompt
@@ -195,7 +197,7 @@ class LLM:
         alone = is_prompt(given)
         items: list[Any] = [given] if alone else given
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(items)
+            params = [sampling_params or self.defaults] * len(items)
         else:
             params = list(sampling_params)
         if len(params) != len(items):
@@ -285,6 +287,11 @@ class LLM:
         ]  # fmt: skip
         return self.generate(prompts[0] if alone else prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What requests without SamplingParams get: what the checkpoint's generation_config.json says, else
+        `SamplingParams()`. The server and batch jobs begin with it too, but their length limits are OpenAI's."""
+        return self.defaults
+
     def chat_prompt(self, messages: Sequence[dict[str, Any]], **settings: Any) -> dict[str, Any]:
         """The prompt that `chat` would send: its text and its token ids, with one BOS at most."""
         tokenizer = need_tokenizer(self.tokenizer, "chat")
@@ -295,7 +302,7 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Text as it is written: iterate with `for` or `async for`; `.output` is the RequestOutput so far."""
         need_tokenizer(self.tokenizer, "stream")
-        params = sampling_params or SamplingParams()
+        params = sampling_params or self.defaults
         if params.n != 1:
             raise ValueError(f"stream writes one text, but n={params.n}; use generate, or n=1")
         return Stream(self, self._submit(prompt, params))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bounds import QueueFull
+from .sampling.defaults import asked
 from .sampling.params import SamplingParams
 from .sampling.structured import StructuredOutputs
 from .tokenizer import Tokenizer
@@ -149,7 +150,7 @@ def parse(url: str, body: Any, llm: LLM, names: Sequence[str]) -> Call:
     chat, stream = url == CHAT, _flag(given, "stream")
     echo, limit = _flag(given, "echo"), _max_tokens(given, chat)
     score_only = echo and limit == 0
-    params = _sampling(given, chat, echo, 1 if score_only else limit)
+    params = _sampling(given, chat, echo, 1 if score_only else limit, llm.get_default_sampling_params())
     llm.engine.grammars.check(params.structured_outputs)
     if echo and stream and params.logprobs is not None:
         raise Refusal("echo with logprobs cannot be streamed; leave out one of the three", param="echo")
@@ -165,7 +166,9 @@ def parse(url: str, body: Any, llm: LLM, names: Sequence[str]) -> Call:
     )
 
 
-def _sampling(given: dict[str, Any], chat: bool, echo: bool, limit: int | None) -> SamplingParams:
+def _sampling(
+    given: dict[str, Any], chat: bool, echo: bool, limit: int | None, defaults: SamplingParams
+) -> SamplingParams:
     settings = {name: given[name] for name in PASSED & set(given)}
     if "logit_bias" in given:
         settings["logit_bias"] = _logit_bias(given["logit_bias"])
@@ -176,7 +179,7 @@ def _sampling(given: dict[str, Any], chat: bool, echo: bool, limit: int | None) 
         settings["prompt_logprobs"] = settings["logprobs"] if echo else None
     if "response_format" in given:
         settings["structured_outputs"] = _structured(given)
-    params = SamplingParams(max_tokens=limit, **settings)
+    params = asked(defaults, settings | {"max_tokens": limit})
     if params.n > MAX_N:
         raise Refusal(f"n={params.n} is more than the {MAX_N} samples that one request may have", param="n")
     if given.get("best_of", params.n) != params.n:

@@ -118,7 +118,7 @@ class BeamSearch:
         The first search of a width compiles its programs. ValueError where the LLM cannot fork texts.
         """
         check_engine(repr(self), self.beam_width, llm.engine.replicas[0])
-        given, count, params = spread(self.prepare, prompts, sampling_params)
+        given, count, params = spread(self.prepare, prompts, sampling_params or SamplingParams())
         gangs = [self.beams() for _ in range(count)]
         outputs = llm.generate(
             given, params, priority=priority, tenant=tenant, gangs=gangs, use_tqdm=use_tqdm

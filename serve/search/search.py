@@ -120,7 +120,9 @@ class Search(ABC):
         that prompt's `error`. Beside others the samples are the same as alone; which ends first may differ, because
         samples wait for seats: see the searches that stop early.
         """
-        given, count, params = spread(self.prepare, prompts, sampling_params)
+        given, count, params = spread(
+            self.prepare, prompts, sampling_params or llm.get_default_sampling_params()
+        )
         trials = [Trial(self) for _ in range(count)]
         outputs = llm.generate(
             given, params, priority=priority, tenant=tenant, until=trials, use_tqdm=use_tqdm
@@ -130,14 +132,14 @@ class Search(ABC):
 
 def spread(
     prepare: Callable[[SamplingParams], SamplingParams], prompts: Prompt | Sequence[Prompt],
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: SamplingParams | Sequence[SamplingParams],
 ) -> tuple[Any, int, Any]:  # fmt: skip
     """(prompts, how many, parameters) for `LLM.generate`: one prompt or a list, parameters for all or one each, as a
     search prepares them."""
     given: Any = prompts if isinstance(prompts, str | bytes | dict) else list(prompts)
     count = 1 if is_prompt(given) else len(given)
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return given, count, prepare(sampling_params or SamplingParams())
+    if isinstance(sampling_params, SamplingParams):
+        return given, count, prepare(sampling_params)
     return given, count, [prepare(one) for one in sampling_params]
 
 
