@@ -14,7 +14,8 @@ named cases on the head shapes of real models with short texts; `drawn(seed)` dr
 
 What lies where nothing may be read: pages in no table are NaN; the null page (0, which fills tables past the end of a
 text) and slots behind the end of a text hold 1e30, because a live engine leaves old but finite numbers there.
-Lengths of the rectangular part are 0 (an idle row) or at least n.
+Lengths of the rectangular part are 0 (an idle row) or at least n. A prompt row may have a text and no query: half of a
+step may hold none of its tokens (`attention/weave.py`).
 """
 
 from __future__ import annotations
@@ -315,6 +316,7 @@ CASES = (
     _case("llama-decode-bf16", (5, 48, 0, 33), 1, LLAMA, BF16),
     _case("llama-decode-int8-q-bf16", (40, 1, 17), 1, LLAMA, INT8, dtype="bfloat16"),
     _case("llama-prompt", (9, 0, 40, 5), (9, 0, 21, 1), LLAMA),
+    _case("llama-prompt-none-of-some", (30, 40, 17, 25), (0, 13, 0, 25), LLAMA),
     _case("llama-prompt-fp8", (25, 30), (25, 7), LLAMA, FP8),
     _case("gemma-decode-window-softcap", (64, 3, 21, 20, 19), 1, GEMMA),
     _case("gemma-prompt-window-softcap-bf16", (50, 12), (30, 12), GEMMA, BF16),

@@ -21,6 +21,7 @@ V5E, V4 = TPUS["TPU v5e"], TPUS["TPU v4"]
 NAMED = {case.name: case for case in CASES}
 ONE_CORE = (
     "llama-decode", "llama-decode-int8-q-bf16", "llama-prompt-fp8", "gemma-prompt-window-softcap-bf16",
+    "llama-prompt-none-of-some",
     "phi-prompt-80-bf16", "phi3-prompt-96-window-in-page", "gpt2-prompt", "qwen-decode-group-of-7",
     "mqa-prompt-in-one-query", "chunks-across-pages", "full-rows-bf16", "one-token-pages-prompt",
     "all-rows-empty", "prompt-of-no-rows", "tree-of-33-window", "tree-of-64-window-int8",

@@ -24,6 +24,7 @@ BY_NAME = {case.name: case for case in cases.CASES}
 RUNS = {
     "llama-decode": SHORT,
     "llama-prompt": ODD,
+    "llama-prompt-none-of-some": SHORT,
     "llama-decode-int8-q-bf16": SHORT,
     "llama-prompt-fp8": LONG,
     "gemma-decode-window-softcap": TritonTiles(3, 16, 48, programs=1),
