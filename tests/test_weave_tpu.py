@@ -1,6 +1,7 @@
 """What TPU compilers make of steps in two halves, read from their scheduled programs."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from tokenloom.model.config import MoEConfig, llama_config
@@ -10,7 +11,12 @@ from tokenloom.serve.planner.memory import Case
 from tokenloom.sharding.division import Division
 from tokenloom.sharding.topology import Topology
 
-pytestmark = pytest.mark.tpu_topology
+pytestmark = [
+    pytest.mark.tpu_topology,
+    pytest.mark.skipif(
+        find_spec("libtpu") is None, reason="libtpu is not installed (the dev extra brings it)"
+    ),
+]
 TOKENS, LAYERS = 4096, 3
 CONFIG = replace(
     llama_config(
