@@ -103,7 +103,7 @@ class ExpertSplit:
             back = there(said, counts.T, t * k)[jnp.argsort(order)].reshape(t, k, -1)
             return (back * weights[..., None].astype(back.dtype)).sum(1)
 
-        rows, own = PartitionSpec(self.axes), PartitionSpec(self.axes)
-        return jax.shard_map(
-            here, mesh=self.mesh, in_specs=(rows, rows, rows, own), out_specs=rows, check_vma=False
-        )(x, weights, experts, matrices)
+        split = PartitionSpec(self.axes)
+        return jax.shard_map(here, mesh=self.mesh, in_specs=(split,) * 4, out_specs=split, check_vma=False)(
+            x, weights, experts, matrices
+        )

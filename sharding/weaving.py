@@ -11,7 +11,7 @@ from ..attention.batch import Batch, Shape
 from ..attention.weave import Weave, halves
 
 FEWEST = 1024
-"""From so many tokens on a half is enough work to read the weights twice for (the paper's section 4)."""
+"""From so many tokens on a half is enough work to read the weights twice for (the rule of the authors' code)."""
 OPTIONS: dict[str, dict[str, str | bool]] = {
     # Without them libtpu leaves some gathers and scatters synchronous; with them each becomes permutes between parts
     # of the product that takes or makes it.
