@@ -313,6 +313,13 @@ def test_schedules_are_read():
         Collective("all-gather", "kv", 4, size, 80, False),
     ]
     assert found[3].sent == 80 * size and found[4].sent == 80 * size * 3 / 4
+    # Unrolled, the body counts in twos.
+    twos = "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two), metadata={}\n"
+    unrolled = SCHEDULE.replace(
+        "  ROOT %t = (s32[], bf16[16,8192]{1,0}) tuple(%i, %ag)",
+        f"{twos}  ROOT %t = (s32[], bf16[16,8192]{{1,0}}) tuple(%next, %ag)",
+    )
+    assert [one.times for one in collectives(unrolled, {"kv": 4, "rep": 2})][3:] == [40, 40]
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("", {"tensor": 2})
 

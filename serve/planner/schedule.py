@@ -188,18 +188,38 @@ def _computes_until_done(lines: list[_Line], at: int) -> bool:
 
 
 def _trips(computations: dict[str, list[_Line]], loop: _Line) -> int:
-    """How often a loop's body runs: the constant that its condition compares with; 1 when it is not constant."""
+    """How often a loop's body runs: the constant that its condition compares with, over what the body adds to the
+    counter (an unrolled loop more than 1); 1 when it is not constant."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%([\w.\-]+)", loop.rest)
     lines = computations.get(condition[1], []) if condition else []
-    constants = {line.name: line.rest for line in lines if line.operation == "constant"}
+    constants = _constants(lines)
     for line in lines:
         if line.operation == "compare" and "direction=LT" in line.rest:
-            for operand in re.findall(r"%([\w.\-]+)", line.rest.split(")")[0]):
-                if operand in constants and (match := re.match(r"\d+", constants[operand])):
-                    return int(match[0])
+            for operand in _NAME.findall(line.rest.split(")")[0]):
+                if operand in constants:
+                    return -(-constants[operand] // _step(computations, loop))
+    return 1
+
+
+def _constants(lines: list[_Line]) -> dict[str, int]:
+    """The whole numbers among the constants of a computation."""
+    found = {line.name: re.match(r"\d+", line.rest) for line in lines if line.operation == "constant"}
+    return {name: int(match[0]) for name, match in found.items() if match}
+
+
+def _step(computations: dict[str, list[_Line]], loop: _Line) -> int:
+    """What a loop's body adds to its counter, the first of its numbers that it counts up; 1 where that is not plain."""
+    body = re.search(r"body=%([\w.\-]+)", loop.rest)
+    lines = computations.get(body[1], []) if body else []
+    by_name, constants = {line.name: line for line in lines}, _constants(lines)
+    for name in _NAME.findall(lines[-1].rest) if lines else ():
+        line = by_name.get(name)
+        if line is not None and line.operation == "add" and line.type.startswith(("s32[]", "u32[]")):
+            steps = [constants[one] for one in _NAME.findall(line.rest.split(")")[0]) if one in constants]
+            return steps[0] if steps else 1
     return 1
 
 
