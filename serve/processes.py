@@ -120,10 +120,13 @@ class Group:
         if self.leads:
             differing = {other: theirs for other, theirs in self.replies().items() if theirs != facts}
             problem = "; ".join(_differences(facts, other, theirs) for other, theirs in differing.items())
-            self.announce("agreed", {"problem": problem})
+            if problem:
+                self.close(problem)
+            else:
+                self.announce("agreed")
         else:
             self.reply(facts)
-            problem = self._next(0).values["problem"]
+            problem = self._next(0).values.get("problem")
         if problem:
             self.close()
             raise ValueError(f"{problem}. Start every process with the same settings, files and versions")
@@ -242,11 +245,11 @@ class Group:
             )  # fmt: skip
             os._exit(EXIT_CODE)
 
-    def close(self) -> None:
-        """Leave in order; process 0 sends the others away."""
-        if not self.ended and self.lost is None and self.leads:
-            self._tell(Message("close"))
-        self.ended = True
+    def close(self, problem: str = "") -> None:
+        """Leave in order; process 0 sends the others away, and says what the problem is."""
+        first, self.ended = not self.ended, True  # first of all: those who are sent away are not lost
+        if first and self.lost is None and self.leads:
+            self._tell(Message("close", {"problem": problem}))
         for wire in self.wires.values():
             wire.finish()
 

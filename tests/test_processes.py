@@ -303,6 +303,7 @@ def close(found: list, expected: list) -> None:
 
 def test_settings_that_differ_are_named(tmp_path):
     found = ended(started(DIFFERENT, 2, tmp_path), tmp_path)
+    assert all(len(lines(text, "refused:")) == 2 for _, text, _ in found), found
     for code, text, errors in found:
         differing, devices = lines(text, "refused:")
         assert (
@@ -350,6 +351,32 @@ def test_closing_is_no_loss():
     assert follower.next() is None and follower.lost is None
     follower.close()
     assert leader.lost is None
+
+
+def test_one_that_differs_leaves_and_is_not_lost(monkeypatch):
+    """It may be gone before process 0 goes on after telling it."""
+    a, b = pair(30.0)
+    leader, follower = Group(0, 2, {1: a}, 30.0), Group(1, 2, {0: b}, 30.0)
+    refused = []
+
+    def join():
+        with pytest.raises(ValueError, match="other settings") as error:
+            follower.agree({"a": "1"})
+        refused.append(error)
+
+    joining, tell = threading.Thread(target=join), leader._tell
+
+    def tell_and_wait(message):
+        tell(message)
+        joining.join(SECONDS)
+        leader._listeners[0].join(SECONDS)
+
+    monkeypatch.setattr(leader, "_tell", tell_and_wait)
+    joining.start()
+    with pytest.raises(ValueError, match="a: 1 there, 2 in process 0"):
+        leader.agree({"a": "2"})
+    follower._listeners[0].join(SECONDS)
+    assert refused and leader.lost is None and follower.lost is None
 
 
 def test_messages_hold_numbers_only():
