@@ -1,10 +1,11 @@
 """64 requests of mixed lengths against transformers' static and continuous batching, one run, same weights.
 
-    python benchmarks/mixed.py [--requests 64] [--seats 32]
+    python benchmarks/mixed.py [--model 125M|demo] [--requests 64] [--seats 32]
 
 Static batching: batches in order of arrival, left-padded, each running until its longest output is done, in sizes
 of 8 and of all seats. Continuous batching: transformers' own, as many requests at once as we take. Every request
-generates exactly its own number of tokens (end tokens are ignored).
+generates exactly its own number of tokens (end tokens are ignored). The model: 125M shapes with random weights, or the
+embedded one.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-from common import LLAMA_125M, checkpoint, read_bandwidth, require_quiet, table
+from common import checkpoint, quiet_arguments, read_bandwidth, still_quiet, table
 from tokenloom import LLM, SamplingParams
+from tokenloom.model.checkpoint import resolve
+
+VOCABULARY = {"125M": 32000, "demo": 4096}
 
 
-def requests(count: int) -> tuple[list[list[int]], list[int]]:
+def requests(count: int, vocabulary: int) -> tuple[list[list[int]], list[int]]:
     draw = np.random.default_rng(2)
-    prompts = [draw.integers(3, LLAMA_125M["vocab_size"], n).tolist() for n in draw.integers(16, 257, count)]
+    prompts = [draw.integers(3, vocabulary, n).tolist() for n in draw.integers(16, 257, count)]
     return prompts, draw.integers(8, 129, count).tolist()
 
 
-def tokenloom(prompts: list[list[int]], outputs: list[int], seats: int) -> Callable[[], float]:
+def tokenloom(folder: Path, prompts: list[list[int]], outputs: list[int], seats: int) -> Callable[[], float]:
     llm = LLM(
-        checkpoint(), max_num_seqs=seats, max_model_len=512, progress=False, skip_tokenizer_init=True,
+        folder, max_num_seqs=seats, max_model_len=512, progress=False, skip_tokenizer_init=True,
         max_num_batched_tokens=512, prefix_cache=False,
     )  # fmt: skip
     params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in outputs]
@@ -39,11 +44,11 @@ def tokenloom(prompts: list[list[int]], outputs: list[int], seats: int) -> Calla
     return run
 
 
-def static(prompts: list[list[int]], outputs: list[int], size: int) -> Callable[[], float]:
+def static(folder: Path, prompts: list[list[int]], outputs: list[int], size: int) -> Callable[[], float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def run() -> float:
         start = time.perf_counter()
@@ -62,13 +67,11 @@ def static(prompts: list[list[int]], outputs: list[int], size: int) -> Callable[
     return run
 
 
-def continuous(prompts: list[list[int]], outputs: list[int], seats: int) -> Callable[[], float]:
+def continuous(folder: Path, prompts: list[list[int]], outputs: list[int], seats: int) -> Callable[[], float]:
     import torch
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint(), dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(outputs))
     # The pool: room for every seat at full length, as ours has.
     settings = ContinuousBatchingConfig(block_size=32, num_blocks=seats * 16, max_batch_tokens=512)
@@ -92,22 +95,23 @@ def continuous(prompts: list[list[int]], outputs: list[int], seats: int) -> Call
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=VOCABULARY, default="125M")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seats", type=int, default=32, help="sequences at once")
     parser.add_argument("--only", nargs="+", default=["static", "continuous"])
-    arguments = parser.parse_args()
-    require_quiet()
+    arguments = quiet_arguments(parser, "ratios of one run say something, times do not")
     print(f"read bandwidth {read_bandwidth():.1f} GB/s")
-    prompts, outputs = requests(arguments.requests)
+    folder = resolve("demo") if arguments.model == "demo" else checkpoint()
+    prompts, outputs = requests(arguments.requests, VOCABULARY[arguments.model])
     seats = arguments.seats
-    contenders = {f"tokenloom, {seats} seats": tokenloom(prompts, outputs, seats)}
+    contenders = {f"tokenloom, {seats} seats": tokenloom(folder, prompts, outputs, seats)}
     ours = next(iter(contenders))
     if "static" in arguments.only:
         for size in sorted({8, seats}):
-            contenders[f"transformers, static batches of {size}"] = static(prompts, outputs, size)
+            contenders[f"transformers, static batches of {size}"] = static(folder, prompts, outputs, size)
     if "continuous" in arguments.only:
-        contenders["transformers, continuous batching"] = continuous(prompts, outputs, seats)
+        contenders["transformers, continuous batching"] = continuous(folder, prompts, outputs, seats)
     times = dict.fromkeys(contenders, float("inf"))
     for _ in range(
         arguments.rounds
@@ -119,7 +123,7 @@ def main() -> None:
     for name, value in times.items():
         rows.append((name, f"{value:.2f}", f"{total / value:.1f}", f"{value / times[ours]:.2f}"))
     print(table(rows))
-    require_quiet()
+    still_quiet(arguments)
 
 
 if __name__ == "__main__":

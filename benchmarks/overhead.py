@@ -1,5 +1,6 @@
-"""Engine tokens/s over bare: what the host costs, without telemetry and with it. Bare is backbone + head dispatched
-back to back. The prefix cache is on, and text is made where there is a tokenizer.
+"""What the host costs: engine tokens/s over bare, without telemetry and with it, and from telemetry the share of steps
+in which the device waited for the host. Bare is backbone + head dispatched back to back. The prefix cache is on, and
+text is made where there is a tokenizer.
 
 python benchmarks/overhead.py
 """
@@ -7,13 +8,15 @@ python benchmarks/overhead.py
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import LLAMA_125M, interleaved, require_quiet, table
+from common import LLAMA_125M, interleaved, quiet_arguments, still_quiet, table
 from tokenloom import LLM, SamplingParams
 from tokenloom.attention.batch import Shape, pack
 
@@ -65,14 +68,24 @@ def bare(llm: LLM, batch: int, steps: int) -> Callable[[], float]:
     return run
 
 
+def waited(telemetry: Path) -> float:
+    """The share of all steps' time in which the device had nothing to do because the host was late."""
+    steps = [json.loads(line) for line in telemetry.read_text().splitlines()]
+    steps = [step for step in steps if step["line"] == "step"]
+    return sum(step["host_gap_s"] for step in steps) / sum(
+        step["step_s"] + step["host_gap_s"] for step in steps
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--models", nargs="+", default=["demo", "125M"])
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    require_quiet()
-    rows = [("model", "batch", "bare ms", "engine ms", "over bare", "with telemetry ms", "over bare")]
+    arguments = quiet_arguments(parser, "of the figures only the last column says something")
+    rows = [
+        ("model", "batch", "bare ms", "engine ms", "over bare", "with telemetry ms", "over bare", "waited")
+    ]
     for name in arguments.models:
         for batch in (1, 8):
             sizes = dict(max_num_seqs=batch, max_model_len=512, max_num_batched_tokens=256, progress=False)
@@ -86,11 +99,14 @@ def main() -> None:
                 times = interleaved(contenders, arguments.rounds)
                 plain.close()
                 measured.close()
+                share = waited(Path(folder) / "run.jsonl")
             b, e, t = times["bare"], times["engine"], times["telemetry"]
             ms = [f"{1e3 * seconds:.3f}" for seconds in (b, e, t)]
-            rows.append((name, str(batch), ms[0], ms[1], f"{b / e:.3f}", ms[2], f"{b / t:.3f}"))
+            rows.append(
+                (name, str(batch), ms[0], ms[1], f"{b / e:.3f}", ms[2], f"{b / t:.3f}", f"{share:.2%}")
+            )
     print(table(rows))
-    require_quiet()
+    still_quiet(arguments)
 
 
 if __name__ == "__main__":
