@@ -8,6 +8,7 @@ some queries to the keys at hand, as (out, lse).
 - `token_ring` (arXiv 2412.20501): keys and values stay, queries travel one way, and results the other way home.
 - `all_queries`: every device meets all queries with its own keys; one all-gather before, one reduce-scatter behind.
 - `merged`: the same where all devices have the queries already (decode).
+- `scattered`: the same, and each device keeps a share of the heads: half the bytes.
 """
 
 from __future__ import annotations
@@ -92,6 +93,25 @@ def merged(part: Part, axis: str) -> Part:
     return _finished(summed, lax.psum(weight, axis), top)
 
 
+def scattered(part: Part, axis: str) -> Part:
+    """As `merged`, but each device gets its share of the heads, in order: (out f32[...,Hq/N,D], lse f32[...,Hq/N]).
+
+    Only lse is gathered; outs are weighed by it where they are made, and meet in one reduce-scatter over heads.
+    """
+    out, lse = part
+    found = lax.all_gather(lse, axis)
+    top = jnp.max(found, 0)
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    total = jnp.exp(found - top).sum(0)
+    weight = jnp.exp(lse - top) / jnp.maximum(total, 1e-30)
+    heads = out.ndim - 2
+    summed = lax.psum_scatter(
+        out.astype(jnp.float32) * weight[..., None], axis, scatter_dimension=heads, tiled=True
+    )
+    whole, share = _lse(total, top), summed.shape[heads]
+    return summed, lax.dynamic_slice_in_dim(whole, lax.axis_index(axis) * share, share, heads)
+
+
 def _weight(lse: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
     """(each device's share of the softmax, unnormalised, and the largest lse), f32 [..., Hq] both."""
     top = lax.pmax(lse, axis)
@@ -100,5 +120,8 @@ def _weight(lse: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
 
 
 def _finished(summed: jax.Array, total: jax.Array, top: jax.Array) -> Part:
-    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
-    return summed / jnp.maximum(total, 1e-30)[..., None], lse
+    return summed / jnp.maximum(total, 1e-30)[..., None], _lse(total, top)
+
+
+def _lse(total: jax.Array, top: jax.Array) -> jax.Array:
+    return jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)

@@ -31,6 +31,7 @@ from .bounds import Bounds
 from .buckets import BucketPlan
 from .cache_rules import check_model, check_settings, hold, no_prefix_cache
 from .compiled import Artefact, Compiler, specs
+from .context_rules import check_context_parallel, keeps_copies
 from .depth_rules import check_depth
 from .drafters.controller import Controller
 from .drafters.draft import Drafter, Target
@@ -81,6 +82,7 @@ class Build:
     tensor_parallel_size: int = 1
     sequence_parallel_size: int = 1
     sequence_parallel_form: Form | None = None
+    decode_context_parallel_size: int | None = None
     enable_expert_parallel: bool = False
     overlap_tokens: int | None = None
     cache: CachePolicy = Pages()
@@ -92,7 +94,8 @@ class Build:
 
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size")
-        for name in (*sizes, "tensor_parallel_size", "sequence_parallel_size", "data_parallel_size"):
+        split = ("tensor_parallel_size", "sequence_parallel_size", "data_parallel_size")
+        for name in (*sizes, *split, "decode_context_parallel_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
@@ -107,6 +110,10 @@ class Build:
         check_settings(
             self.cache, quantised=self.kv_cache_dtype if quantised else None, page_size=self.page_size,
             devices=self.tensor_parallel_size, parts=self.sequence_parallel_size,
+        )  # fmt: skip
+        check_context_parallel(
+            self.decode_context_parallel_size, tensor=self.tensor_parallel_size, sequence=self.sequence_parallel_size,
+            page_size=self.page_size,
         )  # fmt: skip
         check_expert_parallel(self.enable_expert_parallel, self.tensor_parallel_size)
         check_overlap(self.overlap_tokens, self.tensor_parallel_size, self.sequence_parallel_size)
@@ -134,8 +141,12 @@ class Build:
         experts = config.expert_counts if self.enable_expert_parallel else None
         if self.devices == 1:
             return None
-        first = self.replica * self.devices
-        return Placement.here(tensor, sequence, config.attention_heads, experts, first)
+        first, heads = self.replica * self.devices, config.attention_heads
+        copies = keeps_copies(
+            self.decode_context_parallel_size, heads, tensor=tensor, sequence=sequence, page_size=self.page_size,
+            cache=self.cache,
+        )  # fmt: skip
+        return Placement.here(tensor, sequence, heads, experts, first, copies)
 
     @property
     def devices(self) -> int:
@@ -240,7 +251,9 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
 
     A model without pages gets numbers without memory behind them: the prefix cache counts its text in blocks.
     """
-    size = build.page_size or build.cache.page_size or usual_page_size(length, build.sequence_parallel_size)
+    place = build.placement(config)
+    parts, shards = (1, 1) if place is None else (place.page_parts, place.kv_shards)
+    size = build.page_size or build.cache.page_size or usual_page_size(length, parts)
     bytes_a_page = page_bytes(config, size, dtype, build.cache)
     if bytes_a_page == 0:
         block = build.page_size or RECURRENT_BLOCK
@@ -250,8 +263,6 @@ def choose_pages(config: ModelConfig, build: Build, length: int, dtype: jnp.dtyp
         if build.num_pages < 2:
             raise ValueError(f"num_pages={build.num_pages} must be at least 2: page 0 is never used")
         return build.num_pages, size
-    place = build.placement(config)
-    shards = 1 if place is None else place.kv_shards
     room = build.pool_bytes or pool_bytes(build.device)
     return max(2, min(wanted, room * shards // bytes_a_page)), size
 
@@ -339,10 +350,9 @@ def build_engine(
     empty = partial(make_state, config, capacity, period, cache)
     spec = jax.eval_shape(empty)
     sampler = Sampler(config.vocab_size, build.max_num_seqs, DEFAULT if tokenizer is None else CONSTRAINED)
-    mesh = None if place is None else place.mesh
     devices = [build.device] if place is None else place.devices
     facts = partial(
-        engine_facts, devices, config, numerics, build, capacity, length=length, budget=budget, mesh=mesh,
+        engine_facts, devices, config, numerics, build, capacity, length=length, budget=budget, place=place,
         sampler=sampler, params=specs(params), state=spec,
     )  # fmt: skip
     compiler = Compiler(devices, facts, build.compiled, build.strict)

@@ -57,7 +57,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     names = (
         "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size",
-        "kv_cache_dtype", "tensor_parallel_size", "sequence_parallel_size", "enable_expert_parallel",
+        "kv_cache_dtype", "tensor_parallel_size", "sequence_parallel_size", "decode_context_parallel_size",
+        "enable_expert_parallel",
     )  # fmt: skip
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     if arguments.topology is None:

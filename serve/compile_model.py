@@ -99,7 +99,7 @@ def _write_planned(case: Case, devices: list[Any], pages: int, folder: str | Pat
     jobs = {"state": start_job("state", empty, homes), "sampler": start_job("sampler", sampler.init, whole)}
     facts = engine_facts(
         devices, config, case.numerics, build, capacity, length=case.length,
-        budget=case.buckets.chunks[-1], mesh=None if place is None else place.mesh, sampler=case.sampler,
+        budget=case.buckets.chunks[-1], place=place, sampler=case.sampler,
         params=programs.params, state=spec,
     )  # fmt: skip
     facts["device"]["processes"] = (

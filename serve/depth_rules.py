@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..attention.caches.paged import Pages
 from ..attention.caches.policy import CachePolicy
+from ..attention.caches.split import SplitPages
 from ..model.config import ModelConfig
 
 
@@ -23,7 +24,8 @@ def check_depth(
             f"drafter={drafter!r} checks several tokens in one step as a full model writes them, but this model skips "
             f"layers ({depth}); leave drafter=None, or the transform out"
         )
-    if not isinstance(cache, Pages):
+    shared = isinstance(cache, SplitPages) and cache.split.by_heads
+    if not (isinstance(cache, Pages) or shared):
         raise ValueError(
             f"cache={cache!r} expects every token in every layer, but this model skips layers ({depth}); leave "
             f"cache=None, or the transform out"

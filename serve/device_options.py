@@ -16,6 +16,11 @@ def split_options(command: argparse.ArgumentParser) -> None:
         "--sequence-parallel-size", type=int, default=1, help="devices to split each text over"
     )
     command.add_argument(
+        "--decode-context-parallel-size",
+        type=int,
+        help="devices with one KV head between them that share its pages; default: all of them; 1: a copy on each",
+    )
+    command.add_argument(
         "--enable-expert-parallel",
         action="store_true",
         help="experts whole on their devices, of --tensor-parallel-size",
@@ -75,6 +80,7 @@ def together(arguments: argparse.Namespace) -> int:
 def devices(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `LLM` is told of them."""
     names = (
-        "tensor_parallel_size", "sequence_parallel_size", "enable_expert_parallel", "data_parallel_size",
+        "tensor_parallel_size", "sequence_parallel_size", "decode_context_parallel_size", "enable_expert_parallel",
+        "data_parallel_size",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names}

@@ -21,6 +21,7 @@ import jax
 from ..attention.caches.policy import Capacity
 from ..model.config import ModelConfig
 from ..model.layers import Numerics
+from ..sharding.placement import Placement
 from .buckets import BucketPlan
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ RESOLVED = (
     "num_pages",
     "page_size",
     "kv_cache_dtype",
+    "decode_context_parallel_size",
     "pool_bytes",
 )
 """Settings that are compared by what they came to."""
@@ -150,7 +152,7 @@ def environment(devices: Sequence[Any], plugins: Sequence[Any] = ()) -> Facts:
 
 def engine_facts(
     devices: Sequence[Any], config: ModelConfig, numerics: Numerics, build: Build, capacity: Capacity,
-    *, length: int, budget: int, mesh: Any, sampler: Any, params: Any, state: Any,
+    *, length: int, budget: int, place: Placement | None, sampler: Any, params: Any, state: Any,
 ) -> Facts:  # fmt: skip
     """Facts of an engine on `devices` (also compile-only ones): the process, the model, what the settings came to, and
     the shapes of what it holds."""
@@ -169,11 +171,12 @@ def engine_facts(
             "max_model_len": length, "max_num_batched_tokens": budget, "num_pages": capacity.num_pages,
             "page_size": capacity.page_size, "table_width": capacity.width, "snapshots": capacity.snapshots,
             "kv_cache_dtype": str(capacity.stored), "sampler": repr(sampler),
+            "decode_context_parallel_size": 1 if place is None else place.contexts,
         },
         "buckets": {
             "widths": list(plan.widths), "chunks": list(plan.chunks), "prompt_rows": plan.prompt_rows,
         },
-        "mesh": {} if mesh is None else {str(name): size for name, size in mesh.shape.items()},
+        "mesh": {} if place is None else {str(name): size for name, size in place.mesh.shape.items()},
         "arrays": {"weights": shapes_digest(params), "state": shapes_digest(state)},
     }  # fmt: skip
 

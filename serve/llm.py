@@ -78,6 +78,9 @@ class LLM:
             (`tokenloom.initialize`) the devices of all of them count.
         sequence_parallel_size: devices (or groups of tensor_parallel_size) that each text is split over: every one
             keeps 1/n of all keys and values and computes 1/n of a prompt, for contexts longer than one holds.
+        decode_context_parallel_size: where tensor_parallel_size exceeds the model's KV heads, over how many of the
+            devices that have one of them between them each page is split, token by token; None: all of them (where
+            page_size divides by it); 1: each keeps a copy. No other number.
         enable_expert_parallel: mixtures keep their experts whole, 1/n of them on each of the tensor_parallel_size
             devices, rather than a part of every expert; all else is split as ever.
         data_parallel_size: replicas of the model in this process, each on devices of its own (replica r from number
@@ -116,7 +119,8 @@ class LLM:
         telemetry: str | Path | Telemetry | None = None, overlap: bool | None = None,
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
         tensor_parallel_size: int = 1, sequence_parallel_size: int = 1, data_parallel_size: int = 1,
-        sequence_parallel_form: Form | None = None, enable_expert_parallel: bool = False,
+        sequence_parallel_form: Form | None = None, decode_context_parallel_size: int | None = None,
+        enable_expert_parallel: bool = False,
         overlap_tokens: int | None = None, cache: CachePolicy | None = None,
         transforms: Sequence[Transform] = (), drafter: Drafter | None = None, controller: Controller | None = None,
         calibration: Sequence[str | Sequence[int]] | None = None,
@@ -128,7 +132,8 @@ class LLM:
             strict=strict, prefix_cache=prefix_cache, policy=policy, telemetry=Telemetry.of(telemetry),
             overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
             tensor_parallel_size=tensor_parallel_size, sequence_parallel_size=sequence_parallel_size,
-            sequence_parallel_form=sequence_parallel_form, enable_expert_parallel=enable_expert_parallel,
+            sequence_parallel_form=sequence_parallel_form, decode_context_parallel_size=decode_context_parallel_size,
+            enable_expert_parallel=enable_expert_parallel,
             overlap_tokens=overlap_tokens,
             bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
             controller=controller, compiled=compiled, data_parallel_size=data_parallel_size,

@@ -78,15 +78,17 @@ class Division:
         """Of one replica."""
         return self.size * self.seq
 
-    def place(self, heads: Heads, devices: Sequence[Any] | None = None, experts: Experts = ()) -> Placement:
+    def place(
+        self, heads: Heads, devices: Sequence[Any] | None = None, experts: Experts = (), copies: bool = False
+    ) -> Placement:  # fmt: skip
         """Where one replica of a model with such heads and `experts` lives: on the first of `devices`, or on a mesh to
-        plan with."""
+        plan with. `copies`: as in `Placement.over`."""
         asked = f"plan {self.name!r}"
         split = needs_split(self.size, heads, 4 * self.size, asked)
         if self.experts:
             needs_experts(self.size, experts, heads, 4 * self.size, asked)
         taken = None if devices is None else devices[: self.devices]
-        return Placement.over(taken, split, self.seq, self.experts)
+        return Placement.over(taken, split, self.seq, self.experts, copies)
 
 
 def divisions(devices: int, experts: bool, texts: bool = False) -> list[Division]:

@@ -16,7 +16,7 @@ from ..attention.caches.policy import CachePolicy
 from ..attention.caches.split import Split, SplitPages
 from ..attention.ops import Backend
 from ..attention.sharded import Sharded
-from .plan import GROUPED, TENSOR, Plan, mesh_axes, whole_experts
+from .plan import GROUPED, SHARED, TENSOR, Plan, mesh_axes, whole_experts
 
 SEQUENCE = "seq"
 
@@ -102,11 +102,12 @@ class Placement:
 
     @staticmethod
     def here(
-        tensor: int, sequence: int = 1, heads: Heads = (), experts: Experts | None = None, first: int = 0
+        tensor: int, sequence: int = 1, heads: Heads = (), experts: Experts | None = None, first: int = 0,
+        copies: bool = False,
     ) -> Placement:  # fmt: skip
         """Over the devices from the `first` on: heads, MLP and vocabulary split over `tensor` of them, KV heads as far
         as they go, and each text over `sequence` such groups. `experts`: the model's, to be whole on their devices;
-        None: cut."""
+        None: cut. `copies`: as in `over`."""
         devices, size = jax.devices(), tensor * sequence
         if size > len(devices):
             asked = (
@@ -123,23 +124,29 @@ class Placement:
         if experts is not None:
             asked = f"enable_expert_parallel with tensor_parallel_size={tensor}"
             needs_experts(tensor, experts, heads, len(devices), asked)
-        return Placement.over(devices[first : first + size], split, sequence, experts is not None)
+        return Placement.over(devices[first : first + size], split, sequence, experts is not None, copies)
 
     @staticmethod
     def over(
-        devices: Sequence[Any] | None, split: tuple[int, int], sequence: int = 1, experts: bool = False
-    ) -> Placement:
+        devices: Sequence[Any] | None, split: tuple[int, int], sequence: int = 1, experts: bool = False,
+        copies: bool = False,
+    ) -> Placement:  # fmt: skip
         """The tensor plan over these devices, also compile-only ones, with `split` from `split_heads`, and texts over
-        `sequence` groups of them; `experts`: whole on their devices. None: a mesh of no devices in particular, to plan
-        with."""
+        `sequence` groups of them; `experts`: whole on their devices; `copies`: devices that have one KV head between
+        them keep all of its pages each, as they do where texts are split already. None: a mesh of no devices in
+        particular, to plan with."""
         shares, repeats = split
         plan, sizes, names = (
-            (TENSOR, (shares,), ("tensor",)) if repeats == 1 else (GROUPED, split, ("kv", "rep"))
+            (TENSOR, (shares,), ("tensor",))
+            if repeats == 1
+            else (GROUPED if copies or sequence > 1 else SHARED, split, ("kv", "rep"))
         )
         plan = whole_experts(plan) if experts else plan
         if sequence > 1:
             sizes, names = (sequence, *sizes), (SEQUENCE, *names)
-            plan = Plan(f"sequence, {plan.name}", (*plan.table, ("tokens", SEQUENCE)))
+            plan = Plan(
+                f"sequence, {plan.name}", (*plan.table, ("tokens", SEQUENCE), ("page_tokens", SEQUENCE))
+            )
         if devices is None:
             return Placement(plan, AbstractMesh(sizes, names))
         return Placement(plan, Mesh(np.array(devices).reshape(sizes), names))
@@ -156,14 +163,31 @@ class Placement:
     @property
     def kv_shards(self) -> int:
         """Into how many parts keys and values are cut."""
-        table = dict(self.plan.table)
-        axes = *mesh_axes(table.get("kv_heads")), *mesh_axes(table.get("tokens"))
-        return math.prod(self.mesh.shape[axis] for axis in axes)
+        return self._devices("kv_heads") * self.page_parts
+
+    @property
+    def page_parts(self) -> int:
+        """Over how many devices the tokens of a page are split."""
+        return self._devices("page_tokens")
+
+    @property
+    def contexts(self) -> int:
+        """Over how many of the devices that share the weights each page is split (decode context parallelism)."""
+        return self.page_parts // self.sequence
+
+    @property
+    def repeats(self) -> int:
+        """How many copies of each key and value there are."""
+        return self.mesh.size // self.kv_shards
 
     @property
     def sequence(self) -> int:
-        """Over how many devices each text is split."""
-        axes = mesh_axes(dict(self.plan.table).get("tokens"))
+        """Over how many devices, or groups that share the weights, each text is split."""
+        return self._devices("tokens")
+
+    def _devices(self, logical: str) -> int:
+        """Into how many parts a logical axis is cut."""
+        axes = mesh_axes(dict(self.plan.table).get(logical))
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
@@ -182,11 +206,12 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(dict(self.plan.table).get("heads")))
 
     def cache(self, cache: CachePolicy) -> CachePolicy:
-        """What remembers: pages shared token by token where texts are split."""
-        if self.sequence == 1:
-            return cache
+        """What remembers: pages shared token by token where texts are split, or one KV head's devices share it."""
         table = dict(self.plan.table)
-        return SplitPages(Split(self.mesh, SEQUENCE, table.get("heads"), table.get("kv_heads")))
+        (axis,) = mesh_axes(table.get("page_tokens")) or (None,)
+        if axis is None:
+            return cache
+        return SplitPages(Split(self.mesh, axis, table.get("heads"), table.get("kv_heads")))
 
     def params(self, graphdef: nnx.GraphDef, specs: Any) -> Any:
         """The sharding of each parameter, from specs of the same tree."""
@@ -197,9 +222,9 @@ class Placement:
         return jax.tree.map(lambda leaf: leaf.sharding, self.plan.place_state(specs, self.mesh))
 
     def backends(self, backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
-        """Attention back ends that run on every device with its own heads (a cache that splits texts sees to that
+        """Attention back ends that run on every device with its own heads (a cache that splits pages sees to that
         itself)."""
-        if self.sequence > 1:
+        if self.page_parts > 1:
             return backends
         table = dict(self.plan.table)
         (axis,) = mesh_axes(table["kv_heads"])

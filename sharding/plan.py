@@ -19,7 +19,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..attention.caches.paged import PagedKV
 from ..attention.caches.split import SplitKV
 
-LOGICAL = ("embed", "heads", "kv_heads", "mlp", "vocab", "experts", "expert_mlp", "layers", "tokens")
+LOGICAL = (
+    "embed", "heads", "kv_heads", "mlp", "vocab", "experts", "expert_mlp", "layers", "tokens", "page_tokens",
+)  # fmt: skip
+"""Axes of weights and state; `tokens`: of what a step computes; `page_tokens`: of a page of keys and values."""
 
 AnyMesh = Mesh | AbstractMesh
 Target = str | tuple[str, ...]
@@ -123,6 +126,8 @@ GROUPED = Plan(
 )  # fmt: skip
 """Tensor parallelism over more devices than KV heads: `rep` devices share the query heads of one KV head, and each
 keeps that head's keys and values."""
+SHARED = Plan(GROUPED.name, (*GROUPED.table, ("page_tokens", "rep")))
+"""The same, and each of the `rep` devices keeps some tokens of every page (decode context parallelism)."""
 
 
 def whole_experts(plan: Plan) -> Plan:

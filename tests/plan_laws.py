@@ -1,6 +1,7 @@
 """Every plan = one device, for every family: `python -m tokenloom.tests.plan_laws [FAMILY ...]`.
 
-A plan is named by its sizes: `tensor=4`, `seq=2,tensor=2,form=gather`, `expert=2`, `expert=3,weights=int4`. A case is a
+A plan is named by its sizes: `tensor=4`, `tensor=4,dcp=1` (repeated KV heads in copies, rather than shared token by
+token), `seq=2,tensor=2,form=gather`, `expert=2`, `expert=3,weights=int4`, and by a `kv=` dtype. A case is a
 family (or one of `SHAPES`) under a plan, written FAMILY:PLAN; without `--plan`, every name is tried under every one of
 `PLANS`. Each case prints a line, "equal FAMILY PLAN" or "refused FAMILY PLAN: message"; one that is not as `refusal`
 says it must be prints "FAILED", and the command ends with 1. It runs on 8 devices that the CPU pretends to have.
@@ -37,7 +38,7 @@ from tokenloom.tests.families import drawn
 DEVICES, VOCAB, LENGTH = 8, 96, 128
 OPTIONS = dict(max_num_batched_tokens=32, page_size=16, max_model_len=96, progress=False)
 PLANS = (
-    "tensor=2", "tensor=4", "seq=2,form=ring", "seq=2,form=token_ring", "seq=2,tensor=2,form=gather",
+    "tensor=2", "tensor=4", "tensor=4,dcp=1", "seq=2,form=ring", "seq=2,form=token_ring", "seq=2,tensor=2,form=gather",
     "seq=2,tensor=4,form=ring", "expert=2", "expert=4", "seq=2,expert=2,form=token_ring",
 )  # fmt: skip
 """Families with grouped heads have two KV heads: four devices are 2 x 2 there (`kv` x `rep`)."""
@@ -55,30 +56,36 @@ TRANSFORMS: dict[str, list[Any]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """seq groups, which share each text, of tensor devices; experts: whole on their devices; weights: quantised."""
+    """seq groups, which share each text, of tensor devices; experts: whole on their devices; weights: quantised; dcp:
+    decode_context_parallel_size; kv: kv_cache_dtype."""
 
     seq: int = 1
     tensor: int = 1
     experts: bool = False
     form: Any = None
     weights: str = ""
+    dcp: int | None = None
+    kv: str | None = None
 
     @staticmethod
     def parse(text: str) -> "Plan":
         """From its name; ValueError for another."""
         given = dict(part.partition("=")[::2] for part in text.split(","))
         seq, form, weights = int(given.pop("seq", 1)), given.pop("form", None), given.pop("weights", "")
+        dcp, kv = (int(given.pop("dcp")) if "dcp" in given else None), given.pop("kv", None)
         experts = "expert" in given
         tensor = int(given.pop("expert" if experts else "tensor", 1))
         if given or weights not in TRANSFORMS:
-            raise ValueError(f"plan {text!r}: give seq=, tensor= or expert=, form=, weights=int4 or int8")
-        return Plan(seq, tensor, experts, form, weights)
+            raise ValueError(
+                f"plan {text!r}: give seq=, tensor= or expert=, dcp=, form=, weights=int4 or int8, kv="
+            )
+        return Plan(seq, tensor, experts, form, weights, dcp, kv)
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(
             tensor_parallel_size=self.tensor, sequence_parallel_size=self.seq, sequence_parallel_form=self.form,
-            enable_expert_parallel=self.experts,
+            enable_expert_parallel=self.experts, decode_context_parallel_size=self.dcp, kv_cache_dtype=self.kv,
         )  # fmt: skip
 
     def refusal(self, config: ModelConfig) -> str | None:
@@ -166,9 +173,9 @@ def start(name: str, plan: Plan, seats: int) -> LLM:
 
 
 @cache
-def alone(name: str, stored: str, seats: int) -> tuple:
+def alone(name: str, stored: str, kv: str | None, seats: int) -> tuple:
     """What one device says."""
-    llm = start(name, Plan(weights=stored), seats)
+    llm = start(name, Plan(weights=stored, kv=kv), seats)
     found = tuple(llm.generate(*requests()))
     llm.close()
     return found
@@ -188,7 +195,9 @@ def placed(llm: LLM, plan: Plan) -> None:
         pages = entry.pages if isinstance(entry, SplitKV) else entry
         if isinstance(pages, PagedKV):
             share = pages.v.addressable_shards[0].data.size
-            assert share * plan.seq * min(plan.tensor, pages.v.shape[1]) == pages.v.size
+            copies = plan.dcp == 1 or plan.seq > 1
+            shares = min(plan.tensor, pages.v.shape[1]) if copies else plan.tensor
+            assert share * plan.seq * shares == pages.v.size
     if plan.seq > 1 and plan.form != "whole":
         assert spreads(programs.plan.shape(0, programs.plan.chunks[-1]), plan.seq)
     for index, block in enumerate(config.blocks):
@@ -230,8 +239,8 @@ def check(name: str, plan: Plan, seats: int) -> str | None:
     assert message is None, f"it runs, but was to be refused: {message}"
     placed(llm, plan)
     prompts, params = requests()
-    same(llm.generate(prompts, params), alone(name, plan.weights, seats))
-    same(llm.generate(prompts, params), alone(name, plan.weights, seats))
+    same(llm.generate(prompts, params), alone(name, plan.weights, plan.kv, seats))
+    same(llm.generate(prompts, params), alone(name, plan.weights, plan.kv, seats))
     pages = llm.engine.pages
     assert pages.hit_tokens > 0, f"nothing was found in the prefix cache: {pages.off}"
     llm.close()

@@ -6,7 +6,6 @@
 
 import sys
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from tokenloom.attention.blockwise import Blockwise
 from tokenloom.attention.caches.paged import PagedKV
 from tokenloom.attention.caches.split import Split, SplitKV
 from tokenloom.attention.flat import Marks, flat
-from tokenloom.attention.forms import Spread
+from tokenloom.attention.forms import Form, Spread
 from tokenloom.attention.ops import AttentionSpec, dense
 from tokenloom.attention.sequence import ring, token_ring
 from tokenloom.attention.spread import order, plain, spread
@@ -68,9 +67,9 @@ def filled(draw: np.random.Generator, pages: PagedKV) -> PagedKV:
 
 
 def layer(devices: int) -> None:
-    """One layer's split pages give what whole pages give: its outputs, and what it stores."""
-    mesh, draw = Mesh(np.array(jax.devices()[:devices]), ("seq",)), np.random.default_rng(0)
-    cases = [
+    """Texts over all devices: decodes, and prompts in every form."""
+    split = Split(Mesh(np.array(jax.devices()[:devices]), ("seq",)))
+    held(split, 4, [
         (Shape(B, 1, 0, 0), None, "causal", "float32"),
         (Shape(B, 1, 0, 0), None, "window", "int8"),
         (Shape(0, 1, R, C), "ring", "causal", "float32"),
@@ -79,36 +78,59 @@ def layer(devices: int) -> None:
         (Shape(B, 1, R, C), "token_ring", "capped", "float32"),
         (Shape(0, 1, R, C), "gather", "window", "float32"),
         (Shape(B, 1, R, C), None, "capped", "float32"),
-    ]  # fmt: skip
+    ])  # fmt: skip
+
+
+def shared(devices: int) -> None:
+    """Two KV heads, each shared by half of the devices, which have its query heads in parts."""
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(2, -1), ("kv", "rep"))
+    held(Split(mesh, "rep", ("kv", "rep"), "kv"), 2 * devices, [
+        (Shape(B, 1, 0, 0), None, "causal", "float32"),
+        (Shape(B, 1, 0, 0), None, "window", "int8"),
+        (Shape(0, 1, R, C), None, "chunks", "int8"),
+        (Shape(0, 1, R, C), None, "window", "float32"),
+        (Shape(B, 1, R, C), None, "capped", "float32"),
+    ])  # fmt: skip
+
+
+def held(split: Split, heads: int, cases: list[tuple[Shape, Form | None, str, str]]) -> None:
+    """The second of two layers that share arrays: split pages give what whole pages give, its outputs and what it
+    stores. cases: shape, form, mask, dtype of pages."""
+    mesh, devices, draw = split.mesh, split.devices, np.random.default_rng(0)
     for shape, form, name, dtype in cases:
+        count = shape.rows * WIDTH + 1
         pages = PagedKV.empty(
-            shape.rows * WIDTH + 1, PAGE, 2, DIM, jnp.dtype(dtype), (Blockwise(query_block=16),)
-        )
-        whole, split = jax.jit(partial(PagedKV.attend, spec=SPECS[name])), Split(mesh)
+            count, PAGE, 2, DIM, jnp.dtype(dtype), (Blockwise(query_block=16),), layers=2
+        )  # fmt: skip
         cut = SplitKV(pages, split)
         places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cut.partition())
-        cut = jax.device_put(cut, places)
+
+        @jax.jit
+        def whole(pages, q, k, v, batch, name=name):
+            out, new = pages.layer(1).attend(q, k, v, batch, SPECS[name])
+            return out, pages.put(1, new)
 
         @jax.jit
         def parted(cut, q, k, v, batch, shape=shape, form=form, name=name):
             if form is not None:
                 there = order(shape, devices)
                 batch, q, k, v = spread(batch, Spread(devices, form)), q[there], k[there], v[there]
-            out, cut = cut.attend(q, k, v, batch, SPECS[name])
-            return (out if form is None else plain(out, shape, devices)), cut
+            out, new = cut.layer(1).attend(q, k, v, batch, SPECS[name])
+            return (out if form is None else plain(out, shape, devices)), cut.put(1, new)
 
         for trial in range(3):
             batch = drawn(draw, shape, before=40 * trial)
             before = filled(draw, pages)
-            q = jnp.asarray(draw.standard_normal((shape.T, 4, DIM)), jnp.float32)
+            q = jnp.asarray(draw.standard_normal((shape.T, heads, DIM)), jnp.float32)
             k, v = jnp.asarray(draw.standard_normal((2, shape.T, 2, DIM)), jnp.float32)
             out, after = whole(before, q, k, v, batch)
             got, new = parted(jax.device_put(SplitKV(before, split), places), q, k, v, batch)
             live = np.asarray(batch.valid)
             np.testing.assert_allclose(np.asarray(got)[live], np.asarray(out)[live], atol=1e-5, rtol=1e-5)
             for mine, wanted in zip(jax.tree.leaves(new.pages), jax.tree.leaves(after)):
-                assert mine.addressable_shards[0].data.size * devices == wanted.size
-                off = np.abs(np.asarray(mine, np.float64) - np.asarray(wanted, np.float64))[1:]
+                assert mine.addressable_shards[0].data.size * mesh.size == wanted.size
+                off = np.abs(np.asarray(mine, np.float64) - np.asarray(wanted, np.float64))
+                off = off.reshape(2, count, *off.shape[1:])[:, 1:]
                 assert off.max() <= (1 if wanted.dtype == jnp.int8 else 1e-6)
         print("equal", shape.kind, form, name, dtype)
 
@@ -189,6 +211,7 @@ if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "layer":
         layer(jax.device_count())
+        shared(jax.device_count())
         rings(jax.device_count())
     else:
         long(*map(int, rest))

@@ -3,6 +3,10 @@
 Of a page of ps tokens device r of N keeps tokens r*ps/N up to (r+1)*ps/N, so tables, the allocator and the prefix
 cache know nothing of it, and every device has 1/N of every text. A decode step meets a text on all devices at once
 and merges the results (flash-decoding over devices); prompts take one of the `attention.forms`.
+
+Devices that share a text may share the weights too: those that would all keep the one KV head that their query heads
+have in common (decode context parallelism). Then each has all tokens of a step and a part of the group's query heads:
+queries are gathered, every device meets all of them with its keys, and the results are scattered over heads.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from ..blockwise import Blockwise
 from ..flat import flat
 from ..ops import AttentionSpec, PagedView, attention, merge
 from ..rotary import Rotate, unrotated
-from ..sequence import Part, all_queries, merged, ring, token_ring
+from ..sequence import Part, all_queries, merged, ring, scattered, token_ring
 from ..spread import order, pieces, plain, prompt_marks, prompt_part
 from .paged import PagedKV, decode, encode
 from .policy import Abilities, CachePolicy, Capacity, Heads
@@ -31,7 +35,8 @@ Axes = str | tuple[str, ...] | None
 
 @dataclass(frozen=True)
 class Split:
-    """Axes of a mesh: `axis` cuts pages and prompt tokens, `heads` and `kv_heads` cut heads (None: whole)."""
+    """Axes of a mesh: `axis` cuts pages and prompt tokens, `heads` and `kv_heads` cut heads (None: whole). Where `axis`
+    is among those of `heads`, it cuts queries by head and never by token."""
 
     mesh: Mesh | AbstractMesh
     axis: str = "seq"
@@ -41,6 +46,11 @@ class Split:
     @property
     def devices(self) -> int:
         return self.mesh.shape[self.axis]
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether the devices that share a text have the query heads of one KV head in parts."""
+        return isinstance(self.heads, tuple) and self.axis in self.heads
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,11 @@ class SplitKV:
     def page_size(self) -> int:
         return self.pages.page_size
 
+    @property
+    def layers(self) -> int:
+        """How many layers share these arrays."""
+        return self.pages.layers
+
     def partition(self) -> SplitKV:
         """How each array is cut, as PartitionSpecs in this shape."""
         heads, axis, pages = self.split.kv_heads, self.split.axis, self.pages
@@ -102,7 +117,8 @@ class SplitKV:
         self, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec,
         rotate: Rotate = unrotated,
     ) -> tuple[jax.Array, SplitKV]:  # fmt: skip
-        """q [T,Hq,D], k and v [T,Hkv,D] of a batch in plain order, or spread over the devices."""
+        """q [T,Hq,D], k and v [T,Hkv,D] of a batch in plain order, or spread over the devices (not `by_heads`)."""
+        assert batch.spread is None or not self.split.by_heads
         split, run = self.split, _whole if batch.spread is None else _spread
         q, k = rotate(q, batch.positions), rotate(k, batch.positions)
         tokens = None if batch.spread is None else split.axis
@@ -151,14 +167,20 @@ class _Here:
             return x.astype(self.pages.k.dtype).astype(x.dtype)
         return decode(*encode(x, self.pages.k.dtype)).astype(x.dtype)
 
+    def merged(self, part: Part) -> jax.Array:
+        """Parts of the same queries [...,Hq,D] on all devices -> out: on every device, or `by_heads` its share."""
+        together = scattered if self.split.by_heads else merged
+        return together(part, self.split.axis)[0]
+
     def rows(self, q: jax.Array, batch: Batch) -> jax.Array:
-        """The rectangular part, q [B*n,Hq,D] on every device -> out, on every device."""
+        """The rectangular part, q [B*n,Hq,D] on every device -> out as `merged` leaves it."""
         B, n = batch.shape.B, batch.shape.q
         view = self.view(batch).rows(0, B)
         if n == 1 and self.spec.causal and self.spec.chunk is None and self.spec.window is None:
             view = view.closed_up()
         found = attention(q.reshape(B, n, *q.shape[1:]), view, self.spec, self.pages.backends)
-        return merged(found, self.split.axis)[0].reshape(q.shape).astype(q.dtype)
+        out = self.merged(found)
+        return out.reshape(B * n, *out.shape[2:]).astype(q.dtype)
 
     def prompt(self, q: jax.Array, batch: Batch) -> Part:
         """The prompt part in plain order, q [C,Hq,D], over what lies here."""
@@ -186,13 +208,15 @@ class _Here:
 
 
 def _whole(here: _Here, q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch) -> tuple[jax.Array, PagedKV]:
-    """All tokens on every device, in plain order."""
+    """All tokens on every device, in plain order; q [T,Hq,D] and the result with the device's own query heads."""
+    if here.split.by_heads:
+        q = lax.all_gather(q, here.split.axis, axis=1, tiled=True)
     here, rect = here.write(k, v, batch, batch.pages, batch.slots), batch.shape.B * batch.shape.q
     parts = []
     if rect:
         parts.append(here.rows(q[:rect], batch))
     if batch.shape.R:
-        parts.append(merged(here.prompt(q[rect:], batch), here.split.axis)[0].astype(q.dtype))
+        parts.append(here.merged(here.prompt(q[rect:], batch)).astype(q.dtype))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0], here.pages
 
 

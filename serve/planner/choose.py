@@ -1,8 +1,8 @@
 """Which plan of a slice `auto` takes, and why: the planner's own floors and memory decide.
 
 The widest tensor plan that fits, in as few replicas as it can, so that many devices work on each text. Where that ends
-(nothing fits, or keys and values are repeated since there are fewer KV heads than devices), splitting each text over
-groups of devices goes on. Experts stay whole where that sends less.
+(nothing fits, or query heads do not split further), splitting each text over groups of devices goes on. Experts stay
+whole where that sends less.
 """
 
 from __future__ import annotations
@@ -63,14 +63,10 @@ def _by_time(cases: Sequence[Case]) -> tuple[Case, list[str]]:
         return best, [f"{widest.division.name}: the widest plan that fits"]
     less, more = 1e6 * seconds(best), 1e6 * seconds(widest)
     room = [case.division.data * case.sequences_that_fit for case in (best, widest)]
-    reason = (
+    return best, [
         f"{best.division.name} rather than {widest.division.name}: a prompt token and a generated one take {less:.1f} "
         f"us instead of {more:.1f} us at least, and {room[0]} sequences fit instead of {room[1]}"
-    )
-    repeats = widest.division.size // widest.place.kv_shards
-    if repeats > 1 and widest.kv_bytes:
-        reason += f", since {widest.division.name} keeps {repeats} copies of all keys and values"
-    return best, [reason]
+    ]
 
 
 def _by_bytes(best: Case, cases: Sequence[Case]) -> tuple[Case, list[str]]:

@@ -84,7 +84,8 @@ def predicted_sent(case: Case, tokens: int) -> float:
     """Bytes that a device sends for a backbone over `tokens`, were each sum over devices one ring all-reduce: of the
     embedding, of each token mixer, and of each channel mixer (of a mixture once for each expert of a token).
     Where texts are split, prompt tokens are on one group of devices each and their keys and values visit the others;
-    decoding rows are on all, and their partial results are summed."""
+    decoding rows are on all, and their partial results are summed. Devices that share the pages of a KV head gather
+    its queries, and scatter what they found."""
     size, seq, item = case.division.size, case.division.seq, case.numerics.dtype.itemsize
     rows = 1.0
     for block in case.config.blocks:
@@ -95,9 +96,12 @@ def predicted_sent(case: Case, tokens: int) -> float:
     prompt = tokens > case.seats
     here = tokens / seq if prompt else tokens
     sums = 2 * (size - 1) / size * rows * here * case.config.hidden_size * item
+    mixers = [block.mixer for block in case.config.blocks if isinstance(block.mixer, AttentionConfig)]
+    if (contexts := case.place.contexts) > 1:
+        a_head = sum(mixer.heads * (mixer.head_dim * (item + 4) + 4 * contexts) for mixer in mixers)
+        return sums + (contexts - 1) * tokens * a_head / size
     if prompt:
         return sums + (seq - 1) * here * _kv_numbers(case) * seq / case.place.kv_shards * item
-    mixers = [block.mixer for block in case.config.blocks if isinstance(block.mixer, AttentionConfig)]
     results = sum(mixer.heads * (mixer.head_dim + 2) for mixer in mixers) / size * 4
     return sums + 2 * (seq - 1) / seq * here * results
 

@@ -28,6 +28,7 @@ from ...sharding.topology import Topology
 from ..buckets import BucketPlan
 from ..build import Build, choose_length, choose_numerics, spare_bytes, usual_page_size, with_length
 from ..cache_rules import check_model
+from ..context_rules import keeps_copies
 from ..expert_rules import with_experts
 from ..sampling.sampler import CONSTRAINED, Sampler
 
@@ -128,7 +129,12 @@ class Case:
 
     @cached_property
     def place(self) -> Placement:
-        return self.division.place(self.config.attention_heads, self.devices, self.config.expert_counts)
+        heads, division, build = self.config.attention_heads, self.division, self.build
+        copies = keeps_copies(
+            build.decode_context_parallel_size, heads, tensor=division.size, sequence=division.seq,
+            page_size=build.page_size, cache=Pages(),
+        )  # fmt: skip
+        return division.place(heads, self.devices, self.config.expert_counts, copies)
 
     @cached_property
     def period(self) -> int:
@@ -159,7 +165,7 @@ class Case:
 
     @property
     def page_size(self) -> int:
-        return self.build.page_size or usual_page_size(self.length, self.division.seq)
+        return self.build.page_size or usual_page_size(self.length, self.place.page_parts)
 
     @property
     def width(self) -> int:

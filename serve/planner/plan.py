@@ -160,10 +160,16 @@ def _alternative(case: Case) -> Alternative:
 def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
     """Whether the engine can be started so, and what to know about it."""
     notes = []
-    size, shares = case.division.size, case.place.kv_shards // case.division.seq
-    if shares < size and case.kv_bytes:
+    size, place = case.division.size, case.place
+    if place.repeats > 1 and case.kv_bytes:
         notes.append(
-            f"{size // shares} devices repeat the keys and values of each KV head: {size} devices share {shares}"
+            f"{place.repeats} devices repeat the keys and values of each KV head: {size} devices share "
+            f"{size // place.repeats}"
+        )
+    if place.contexts > 1:
+        notes.append(
+            f"{place.contexts} devices share the keys and values of each KV head token by token "
+            f"(decode_context_parallel_size={place.contexts})"
         )
     if case.division.seq > 1:
         notes.append(
