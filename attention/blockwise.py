@@ -16,6 +16,7 @@ from jax import lax
 from ..pallas_kernels.attention.spec import NEG_INF, AttentionSpec, Layout, PagedView, Tree
 from ..pallas_kernels.attention.tiles import Case, TwinTiles
 from ..pallas_kernels.attention.tuned import Tuned
+from .coded import CodedView
 from .pages import Queries, block_view, each_block, scales, unpack
 
 
@@ -32,9 +33,7 @@ def softmax_row(queries: Queries) -> tuple[jax.Array, jax.Array]:
         shrink = jnp.exp(top - new_top)
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         total = total * shrink + weights.sum(-1)
-        if view.v_scales is not None:
-            weights = weights * scales(view.v_scales, where)
-        part = jnp.einsum("whns,whsd->whnd", weights, v, preferred_element_type=jnp.float32)
+        part = _weighted(weights, view, where, v)
         return out * shrink[..., None] + part, new_top, total
 
     return _finish(*lax.fori_loop(first, last + 1, page, _nothing(queries.packed)))
@@ -60,13 +59,20 @@ def softmax_rows(queries: Queries, width: int) -> tuple[jax.Array, jax.Array]:
         weights = jnp.where(seen, jnp.exp(scores - new_top[row][..., None]), 0.0)
         share = owns.astype(jnp.float32)
         summed = summed * shrink + jnp.einsum("bw,whn->bhn", share, weights.sum(-1))
-        if view.v_scales is not None:
-            weights = weights * scales(view.v_scales, where)
-        part = jnp.einsum("whns,whsd->whnd", weights, v, preferred_element_type=jnp.float32)
+        part = _weighted(weights, view, where, v)
         out = out * shrink[..., None] + jnp.einsum("bw,whnd->bhnd", share, part)
         return out, new_top, summed
 
     return _finish(*lax.fori_loop(0, (total + width - 1) // width, step, _nothing(queries.packed)))
+
+
+def _weighted(weights: jax.Array, view: PagedView | CodedView, where: jax.Array, v: jax.Array) -> jax.Array:
+    """Values v [W,Hkv,ps,D] of pages `where` summed with weights f32[W,Hkv,N,ps], f32[W,Hkv,N,D].
+
+    Weights are rounded to what is multiplied behind the values' scales, as kernels do it."""
+    if view.v_scales is not None:
+        weights = weights * scales(view.v_scales, where)
+    return jnp.einsum("whns,whsd->whnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
 
 def _nothing(packed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -190,6 +190,10 @@ class CodedView:
     k_scales = v_scales = None
 
     @property
+    def dtype(self) -> jnp.dtype:
+        return self.k.codes.dtype
+
+    @property
     def kv_heads(self) -> int:
         return self.k.codes.shape[1]
 

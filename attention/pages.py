@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..pallas_kernels.attention.spec import AttentionSpec, PagedView, Tree
+from ..pallas_kernels.attention.spec import AttentionSpec, PagedView, Tree, multiplied
 from .coded import CodedView
 
 T = TypeVar("T")
@@ -34,31 +34,42 @@ def unpack(x: jax.Array, n: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, kv_heads, n, -1, *rest), 1, 2).reshape(B, n, -1, *rest)
 
 
-def _take(pages: jax.Array, where: jax.Array) -> jax.Array:
-    """Pages `where` i32[W] in float32.
+def _take(pages: jax.Array, where: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Pages `where` i32[W] in `dtype`.
 
     XLA for CPUs widens what it gathers of bfloat16 and float8, and moves that out of the loop, where it takes the whole
     pool; behind a barrier it stays beside the gather (13 times faster on a pool of 16 MiB).
     """
     pages, where = lax.optimization_barrier((pages, where))
-    return pages.at[where].get(mode="promise_in_bounds").astype(jnp.float32)
+    return pages.at[where].get(mode="promise_in_bounds").astype(dtype)
 
 
-def read(view: PagedView | CodedView, where: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, str]:
-    """Pages `where` i32[W] of heads of size `dim` in float32.
+def read(
+    view: PagedView | CodedView, where: jax.Array, dim: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array, str]:
+    """Pages `where` i32[W] of heads of size `dim` in `dtype`.
 
     Returns keys, values [W,Hkv,ps,D], and how keys lie in an einsum ("ds" or "sd"). Scales are left for `scales`: on
     scores and weights they cost a factor D less.
     """
     if isinstance(view, CodedView):
-        return *view.read(where), "ds"
-    k = _take(view.k_pages, where)
+        k, v = view.read(where)
+        return k.astype(dtype), v.astype(dtype), "ds"
+    k = _take(view.k_pages, where, dtype)
     if view.v_pages is None:
         return k[..., :dim], k[..., dim:], "sd"
-    v = _take(view.v_pages, where)
+    v = _take(view.v_pages, where, dtype)
     if view.layout == "transposed":
         return k, v, "ds"
     return k[..., :dim], v[..., :dim], "sd"
+
+
+def factored(q: jax.Array, spec: AttentionSpec, dtype: jnp.dtype) -> tuple[jax.Array, float]:
+    """(queries as products in `dtype` take them, the factor that is left for their scores): float32 queries carry the
+    scale, which is the fewer products; others would be rounded by it."""
+    if dtype == jnp.float32:
+        return q.astype(jnp.float32) * spec.scale, 1.0
+    return q.astype(dtype), spec.scale
 
 
 def scales(values: jax.Array, where: jax.Array) -> jax.Array:
@@ -160,13 +171,15 @@ class Noise:
 class Queries:
     """n query tokens of each of B rows, and the pages that they see.
 
-    packed f32[B,Hkv,n*G,D], scaled; sees_from, sees_to i32[B,n*G]: the first and last visible position of each;
-    words: a tree's bits, i32[B,n*G] each; before i32[B]: the tokens in front of a tree; positions i32[B,n].
+    packed [B,Hkv,n*G,D] as multiplied, scores times `factor` being scaled; sees_from, sees_to i32[B,n*G]: the first and
+    last visible position of each; words: a tree's bits, i32[B,n*G] each; before i32[B]: the tokens in front of a tree;
+    positions i32[B,n].
     """
 
     view: PagedView | CodedView
     spec: AttentionSpec
     packed: jax.Array
+    factor: float
     sees_from: jax.Array
     sees_to: jax.Array
     words: tuple[jax.Array, ...]
@@ -188,9 +201,10 @@ class Queries:
             words = tuple(jnp.repeat(tree.bits[..., w], group, 1) for w in range(tree.bits.shape[-1]))
         sees_from = jnp.repeat(jnp.where(positions < 0, lengths, sees_from), group, axis=1)
         sees_to = jnp.repeat(jnp.where(positions < 0, -1, sees_to), group, axis=1)
-        packed = pack(q.astype(jnp.float32) * spec.scale, kv_heads)
+        q, factor = factored(q, spec, multiplied(q.dtype, view.dtype))
+        packed = pack(q, kv_heads)
         before = view.lengths - n if before is None else before
-        return Queries(view, spec, packed, sees_from, sees_to, words, before, positions, noise)
+        return Queries(view, spec, packed, factor, sees_from, sees_to, words, before, positions, noise)
 
     @staticmethod
     def last(
@@ -217,12 +231,15 @@ class Queries:
         """Pages `page` of rows `row`, i32[W] each, where `live` bool[W].
 
         Returns scores f32[W,Hkv,N,ps], scaled and capped (and noisy), not masked; who is seen bool[W,1,N,ps]; where
-        the pages lie i32[W]; and their values (codes, where they have scales) f32[W,Hkv,ps,D].
+        the pages lie i32[W]; and their values (codes, where they have scales) [W,Hkv,ps,D],
+        both products being in the dtype of `packed`, with sums in float32.
         """
         view, softcap = self.view, self.spec.softcap
         where = jnp.where(live, view.table[row, page], 0)
-        k, v, lie = read(view, where, self.packed.shape[-1])
+        k, v, lie = read(view, where, self.packed.shape[-1], self.packed.dtype)
         scores = jnp.einsum(f"whnd,wh{lie}->whns", self.packed[row], k, preferred_element_type=jnp.float32)
+        if self.factor != 1:
+            scores = scores * self.factor
         if view.k_scales is not None:
             scores = scores * scales(view.k_scales, where)
         if softcap is not None:

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..pallas_kernels.attention.spec import multiplied
 from .chosen import gather
 from .ops import NEG_INF, AttentionSpec, Backend, PagedView, attention
-from .pages import each_block
+from .pages import each_block, factored
 from .probes import probabilities
 
 BLOCK = 64
@@ -86,7 +87,10 @@ class Prompts:
         counts = jnp.clip(lengths[:, None] - jnp.arange(blocks) * BLOCK, 1, BLOCK)[:, None, :, None]
 
         def mean(x: jax.Array, heads: int) -> jax.Array:
-            return jnp.where(exists, x, 0).reshape(R, heads, blocks, BLOCK, dim).sum(3) / counts
+            return (
+                jnp.where(exists, x.astype(jnp.float32), 0).reshape(R, heads, blocks, BLOCK, dim).sum(3)
+                / counts
+            )
 
         return mean(q, heads), mean(k, kv_heads)
 
@@ -115,7 +119,7 @@ def attend(prompts: Prompts, plan: Plan) -> tuple[jax.Array, jax.Array]:
 
     def block(row, at, positions, carry):
         out, lse = carry
-        chunk = lax.dynamic_slice_in_dim(padded, at, BLOCK).swapaxes(0, 1).astype(jnp.float32) * spec.scale
+        chunk = lax.dynamic_slice_in_dim(padded, at, BLOCK).swapaxes(0, 1)
         got, got_lse = _block(chunk, replace(view, table=view.table[row][None]), spec, plan, row, positions)
         out = lax.dynamic_update_slice_in_dim(out, got.swapaxes(0, 1), at, 0)
         return out, lax.dynamic_update_slice_in_dim(lse, got_lse.T, at, 0)
@@ -128,7 +132,7 @@ def attend(prompts: Prompts, plan: Plan) -> tuple[jax.Array, jax.Array]:
 def _block(
     q: jax.Array, view: PagedView, spec: AttentionSpec, plan: Plan, row: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A block of queries of one row, q f32[Hq,64,D], scaled: first the key blocks of each head, then its columns, 64
+    """A block of queries of one row, q [Hq,64,D]: first the key blocks of each head, then its columns, 64
     keys at a time, with one online softmax. Heads read different keys; the longest list sets the number of turns."""
     blocks = plan.blocks(row, positions[0] // BLOCK)
     inside = jnp.repeat(blocks, BLOCK, -1)[:, : plan.columns.shape[-1]]
@@ -139,6 +143,8 @@ def _block(
     block_list = jnp.argsort(~blocks, -1, stable=True)
     column_list = jnp.pad(jnp.argsort(~columns, -1, stable=True), ((0, 0), (0, BLOCK)))
     offsets = jnp.arange(BLOCK, dtype=jnp.int32)
+    dtype = multiplied(q.dtype, view.k_pages.dtype if view.k_scales is None else jnp.float32)
+    q, factor = factored(q, spec, dtype)
 
     def by_block(turn, carry):
         tokens = block_list[:, turn][:, None] * BLOCK + offsets
@@ -150,14 +156,15 @@ def _block(
 
     def fold(tokens, exist, carry):
         out, highest, total = carry
-        k, v = (x[0] for x in gather(view, jnp.minimum(tokens, size - 1)[None], q.shape[-1]))
-        scores = spec.capped(jnp.einsum("hqd,hkd->hqk", q, k))
+        k, v = (x[0].astype(dtype) for x in gather(view, jnp.minimum(tokens, size - 1)[None], q.shape[-1]))
+        scores = jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=jnp.float32)
+        scores = spec.capped(scores if factor == 1 else scores * factor)
         seen = exist[:, None] & (tokens[:, None] <= positions[:, None])
         scores = jnp.where(seen, scores, NEG_INF)
         new = jnp.maximum(highest, scores.max(-1))
         shrink, weights = jnp.exp(highest - new), jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
-        out = out * shrink[..., None] + jnp.einsum("hqk,hkd->hqd", weights, v)
-        return out, new, total * shrink + weights.sum(-1)
+        part = jnp.einsum("hqk,hkd->hqd", weights.astype(dtype), v, preferred_element_type=jnp.float32)
+        return out * shrink[..., None] + part, new, total * shrink + weights.sum(-1)
 
     nothing = jnp.zeros(q.shape), jnp.full(q.shape[:2], NEG_INF), jnp.zeros(q.shape[:2])
     carry = lax.fori_loop(0, turns[0].max(), by_block, nothing)

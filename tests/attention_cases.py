@@ -30,6 +30,9 @@ from tokenloom.attention.blockwise import Blockwise
 from tokenloom.attention.ops import AttentionSpec, Backend, Layout, PagedView, Tree
 
 HUGE = 1e30
+# Kernels and twin multiply the same numbers, and round weights in the same place; but the maxima that weights are taken
+# from stand elsewhere, since tiles do, so a weight may be rounded up here and down there.
+SLACK = 1.1
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
@@ -276,8 +279,8 @@ def check(backend: Backend, case: Case) -> None:
     """Asserts that the back end computes the case.
 
     All in float32: 1e-5, absolute and relative. Otherwise 2e-2 of a head's largest number, and root mean square (of
-    out) and worst (of lse) errors at most 1.5 times those of the plain twin, or 1e-5. Queries that see nothing give
-    exactly 0 and -inf, there is no NaN, and a second run gives the same bits.
+    out) and worst (of lse) errors at most `SLACK` times those of the plain twin, or 1e-5. Queries that see nothing
+    give exactly 0 and -inf, there is no NaN, and a second run gives the same bits.
     """
     problem = build(case, backend.layout(case.dim))
     first, second = run(backend, case, problem, times=2)
@@ -289,7 +292,7 @@ def check(backend: Backend, case: Case) -> None:
     [twin] = run(Blockwise(lie=problem.view.layout), case, problem)
     for name, ours, its in zip(("out, rms", "out", "lse"), errors(problem, *first), errors(problem, *twin)):
         if name != "out":
-            assert ours <= max(1e-5, 1.5 * its), f"{name}: error {ours:.1e}, the twin's is {its:.1e}"
+            assert ours <= max(1e-5, SLACK * its), f"{name}: error {ours:.1e}, the twin's is {its:.1e}"
 
 
 LLAMA = dict(heads=32, kv_heads=8, dim=128, spec=AttentionSpec(128**-0.5))

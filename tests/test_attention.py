@@ -1,6 +1,7 @@
 """The attention op: plain back ends compute the shared cases; partial results merge; sinks; who refuses what."""
 
 import itertools
+import re
 from dataclasses import dataclass
 
 import jax
@@ -35,8 +36,26 @@ def test_blockwise(case, twin):
     cases.check(twin, case)
 
 
-@pytest.mark.parametrize("rows", [1, 64])
-def test_the_twin_holds_no_matrix(rows):
+@pytest.mark.parametrize("name", ["llama-decode-bf16", "qwen-prompt-int8-bf16", "llama-decode-int8-q-bf16"])
+def test_the_twin_multiplies_in_the_dtype_of_queries(name):
+    """Matrix units want bfloat16: scores and weighted values of bfloat16 queries, with sums in float32."""
+    case = next(case for case in cases.CASES if case.name == name)
+    problem, twin = cases.build(case, "rows"), Blockwise(lie="rows")
+
+    def run(q, view, starts):
+        if starts is None:
+            return twin.rows(q, view, case.spec)
+        return twin.prompt(q, view, starts, case.spec)
+
+    text = jax.jit(run).lower(problem.q, problem.view, problem.query_starts).as_text()
+    products = re.findall(r"dot_general.*contracting_dims = \[3\].*: \((.*), (.*)\) -> (.*)", text)
+    assert len(products) == 2
+    for left, right, out in products:
+        assert left.endswith("xbf16>") and right.endswith("xbf16>") and out.endswith("xf32>")
+
+
+@pytest.mark.parametrize("rows, dtype", [(1, "float32"), (64, "float32"), (64, "bfloat16")])
+def test_the_twin_holds_no_matrix(rows, dtype):
     """8,192 queries, each over 8,192 tokens: scores of one head would be 256 MiB; q and out are 4 MiB each.
 
     Nor does it widen the pool: of 64 rows it would be 64 MiB of keys in float32.
@@ -45,10 +64,10 @@ def test_the_twin_holds_no_matrix(rows):
     pages = make((1 + rows * 256, 2, 32, 16), jnp.bfloat16)
     view = PagedView(pages, pages, make((rows, 256), jnp.int32), make((rows,), jnp.int32), layout="rows")
     if rows == 1:
-        q, starts = make((8192, 8, 16), jnp.float32), make((2,), jnp.int32)
+        q, starts = make((8192, 8, 16), dtype), make((2,), jnp.int32)
         lowered = jax.jit(lambda q, view, starts: twin.prompt(q, view, starts, spec)).lower(q, view, starts)
     else:
-        q = make((rows, 8192 // rows, 8, 16), jnp.float32)
+        q = make((rows, 8192 // rows, 8, 16), dtype)
         lowered = jax.jit(lambda q, view: twin.rows(q, view, spec)).lower(q, view)
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**24
 

@@ -48,7 +48,7 @@ def test_cases(name):
     cases.check(TritonKernels(SMALL, interpret=True, tiles=RUNS[name]), BY_NAME[name])
 
 
-@pytest.mark.parametrize("seed", (1, 2))
+@pytest.mark.parametrize("seed", (1, 2, 127, 137))
 def test_drawn_cases_with_the_heuristic(seed):
     cases.check(TritonKernels(SMALL, interpret=True), cases.drawn(seed))
 

@@ -27,6 +27,12 @@ def stored_numbers(layout: Layout, head_dim: int) -> int:
     return {"padded": -(-head_dim // LANES) * LANES, "paired": 2 * head_dim}.get(layout, head_dim)
 
 
+def multiplied(q: jax.typing.DTypeLike, pages: jax.typing.DTypeLike) -> jnp.dtype:
+    """What queries and pages of these dtypes are multiplied in, weights and values too, with sums in float32: codes of
+    one byte become q's dtype, and of other pairs none loses bits."""
+    return jnp.dtype(q) if jnp.dtype(pages).itemsize == 1 else jnp.promote_types(q, pages)
+
+
 def page_shapes(
     layout: Layout, pages: int, kv_heads: int, page_size: int, head_dim: int
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -111,6 +117,10 @@ class PagedView:
     layout: Layout = "transposed"
     parts: int = 1
     first: jax.Array | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.k_pages.dtype
 
     @property
     def page_size(self) -> int:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..chips import Chip
-from .spec import LANES, NEG_INF, AttentionSpec, Layout, PagedView, Tree
+from .spec import LANES, NEG_INF, AttentionSpec, Layout, PagedView, Tree, multiplied
 from .tiles import Case, TpuTiles
 from .tuned import Tuned
 from .worklist import Ranges, Steps, flatten, prompt_ranges, row_ranges
@@ -322,7 +322,7 @@ class _Call:
     ) -> None:
         """One KV head takes in the pages of a step: the online softmax of FlashAttention, over all pages at once."""
         q = q_ref[0, h]
-        dtype = q.dtype if k_scales is not None else jnp.promote_types(q.dtype, keys[0].dtype)
+        dtype = multiplied(q.dtype, keys[0].dtype)
         exact = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
         q = q.astype(dtype)
         scores = []

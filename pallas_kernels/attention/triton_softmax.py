@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from .spec import NEG_INF, AttentionSpec, PagedView
+from .spec import NEG_INF, AttentionSpec, PagedView, multiplied
 
 LOG2E = math.log2(math.e)
 
@@ -32,7 +32,7 @@ def pieces(dim: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Product:
-    """What is multiplied, and how: codes of one byte become q's dtype, and of other pairs none loses bits.
+    """What is multiplied (`multiplied`), and how.
 
     float32 goes through tensor cores in three TF32 products of high and low halves, whose error is a float32 product's
     (one TF32 product's is 2**-11, and products without tensor cores spill thousands of registers). The interpreter
@@ -44,7 +44,7 @@ class Product:
 
     @staticmethod
     def of(q: Any, pages: Any, interpret: bool) -> Product:
-        dtype = jnp.dtype(q) if jnp.dtype(pages).itemsize == 1 else jnp.promote_types(q, pages)
+        dtype = multiplied(q, pages)
         thrice = dtype == jnp.float32 and not interpret
         return Product(dtype, lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if thrice else lax.Precision.HIGHEST)
 
