@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 import numpy as np
 from common import table
-from tokenloom.pallas_kernels.attention.spec import AttentionSpec
+from tokenloom.pallas_kernels.attention.spec import AttentionSpec, Share
 from tokenloom.pallas_kernels.attention.tiles import Case, TpuTiles, TritonTiles
 from tokenloom.pallas_kernels.attention.triton_rows import Cut
 from tokenloom.pallas_kernels.attention.worklist import flatten, prompt_ranges, row_ranges
@@ -49,7 +49,7 @@ def gpu_segments(name: str) -> float:
     chip = GPUS[name]
     tiles = TritonTiles.choose(case("rows", 1, 64, LONG), chip)
     start, size, count = map(
-        np.asarray, Cut(CAUSAL, 1, LONG, tiles.keys, tiles.segment).of(jnp.asarray(LENGTHS))
+        np.asarray, Cut(CAUSAL, 1, LONG, tiles.keys, tiles.segment).of(jnp.asarray(LENGTHS), Share())
     )
     keys = [
         min(length, begin + (part + 1) * step) - (begin + part * step)
@@ -67,7 +67,7 @@ def tpu_cores(name: str) -> float:
     chip = TPUS[name]
     tiles = TpuTiles.choose(case("rows", 1, 128, LONG), chip)
     step, segments = tiles.pages * 128, -(-LONG // tiles.segment)
-    ranges = row_ranges(jnp.asarray(LENGTHS), 1, CAUSAL, step, segments, tiles.segment, False)
+    ranges = row_ranges(jnp.asarray(LENGTHS), 1, CAUSAL.visible, step, segments, tiles.segment)
     slots = len(LENGTHS) * segments
     starts = np.asarray(flatten(ranges, slots, slots * tiles.segment // step, chip.cores).starts)
     return float(np.diff(starts).max() * chip.cores / starts[-1])
@@ -78,7 +78,7 @@ def causal_steps(name: str) -> tuple[int, int]:
     tiles = TpuTiles.choose(case("prompt", PROMPT, 128, PROMPT), TPUS[name])
     blocks, step = PROMPT // tiles.queries, tiles.pages * 128
     starts, lengths = jnp.array([0, PROMPT], jnp.int32), jnp.array([PROMPT], jnp.int32)
-    visited = prompt_ranges(starts, lengths, blocks, tiles.queries, CAUSAL, step).count.sum()
+    visited = prompt_ranges(starts, lengths, lengths, blocks, tiles.queries, CAUSAL.visible, step).count.sum()
     return int(visited), blocks * (PROMPT // step)
 
 

@@ -24,6 +24,7 @@ LLAMA_125M = {
 }  # fmt: skip
 K = TypeVar("K")
 EXIT_LOADED, EXIT_NO_DEVICE = 3, 4
+REST = 0.3
 
 
 def checkpoint(raw: dict = LLAMA_125M, seed: int = 0) -> Path:
@@ -114,12 +115,14 @@ def read_bandwidth(megabytes: int = 1024) -> float:
 
 
 def interleaved(contenders: dict[K, Callable[[], float]], rounds: int = 5) -> dict[K, float]:
-    """Run each contender once to warm up, then all in turn, `rounds` times; the smallest figure of each."""
+    """Run each contender once to warm up, then all in turn, `rounds` times; the smallest figure of each. Each waits a
+    moment, for some libraries' threads go on spinning when their work is done."""
     for run in contenders.values():
         run()
     best = dict.fromkeys(contenders, float("inf"))
     for _ in range(rounds):
         for name, run in contenders.items():
+            time.sleep(REST)
             best[name] = min(best[name], run())
     return best
 

@@ -29,6 +29,7 @@ WEIGHTS_FIRST = 128
 """Up to so many rows the weights are the first operand on CPU; for more the arithmetic hides the copy."""
 SHARED_LOOP = 1 << 20
 """From about so many weights on the compiler shares a fused product's loop between threads."""
+TRIES = 12
 
 
 def matmul(x: jax.Array, w: jax.Array, platform: str) -> jax.Array:
@@ -125,13 +126,12 @@ def fused_is_faster(dtype: str = "bfloat16") -> bool:
         x = jax.device_put(jnp.ones((1, 2048), jnp.float32), device)
         w = jax.device_put(jnp.ones((4096, 2048), dtype), device)
 
-        def best(form) -> float:
-            run, times = jax.jit(form), []
+        def once(run) -> float:
+            start = time.perf_counter()
             run(x, w).block_until_ready()
-            for _ in range(5):
-                start = time.perf_counter()
-                run(x, w).block_until_ready()
-                times.append(time.perf_counter() - start)
-            return min(times)
+            return time.perf_counter() - start
 
-        return best(fused_product) < best(_integers if dtype == "int8" else _reduced)
+        fused, other = jax.jit(fused_product), jax.jit(_integers if dtype == "int8" else _reduced)
+        # In turn, so that what else the machine does meets both; the first of each compiles.
+        times = [(once(fused), once(other)) for _ in range(1 + TRIES)][1:]
+        return min(a for a, _ in times) < min(b for _, b in times)
