@@ -132,7 +132,7 @@ def test_predicted_sizes_are_those_of_arrays(shape, size):
     build = Build(max_model_len=64, max_num_seqs=2)
     one = Case.of(config, where, Division(4 // size, size), build, "bfloat16")
     if shape == "windowed" and size == 2:
-        assert one.place.kv_shards == 1  # one KV head on two devices
+        assert one.place.kv_shards == one.place.contexts == 2  # two devices share the pages of one KV head
     assert one.kv_bytes == page_bytes(config, 1, one.kv_dtype)
     whole = Case.of(config, where, Division(4, 1), build, "bfloat16")
     for path, leaf in one.leaves.items():
@@ -172,9 +172,9 @@ def test_a_plan_in_numbers():
     assert report.fits and report.plan == "tensor=16" and report.slice.name == "v5e:4x4"
     assert report.runs and any("2 hosts: run the same script on each" in note for note in report.notes)
     assert not tokenloom.plan("meta-llama/Llama-3.1-8B", "v5e-16", plan="data=2", compile=False).runs
-    assert any("2 devices repeat the keys" in note for note in report.notes)
-    # 80 layers x 8 KV heads x 128 x 2 x 2 bytes; of them a device has one head.
-    assert report.room.kv_bytes_per_token == 327_680 == 8 * report.room.kv_bytes_per_token_per_device
+    assert any("2 devices share the keys and values of each KV head" in note for note in report.notes)
+    # 80 layers x 8 KV heads x 128 x 2 x 2 bytes; of them a device has one head of every other part of a page.
+    assert report.room.kv_bytes_per_token == 327_680 == 16 * report.room.kv_bytes_per_token_per_device
     # Everything but the K and V projections, which two devices share, is cut into 16.
     shared = 80 * 2 * 1024 * 8192
     split = report.model.parameters - shared
@@ -183,10 +183,18 @@ def test_a_plan_in_numbers():
     assert report.memory.weights == pytest.approx(expected, rel=1e-3)
     decode = report.work[0]
     assert decode.binds == "bandwidth" and report.work[2].binds == "compute"
-    # The backbone without embedding and head, read once, and 16 x 8,192 tokens of keys and values.
+    # The backbone without embedding and head, read once, and 32 x 8,192 tokens of keys and values.
     weights = report.memory.weights - 2 * 2 * 128256 * 8192 / 16
-    assert decode.bytes == pytest.approx(weights + 16 * 8192 * 40_960, rel=0.01)
+    assert decode.bytes == pytest.approx(weights + 32 * 8192 * 20_480, rel=0.01)
     assert [one.plan for one in report.alternatives if one.fits] == ["tensor=16"]
+    assert report.max_num_seqs == 32
+    # Copies on request: each text takes twice the bytes, and a step reads them; nothing is sent for that.
+    shared = case("llama-3.1-70b", "v5e-16", "tensor", max_num_seqs=16)
+    copies = case("llama-3.1-70b", "v5e-16", "tensor", max_num_seqs=16, decode_context_parallel_size=1)
+    assert copies.fits and copies.token_bytes == 2 * shared.token_bytes
+    less, more = (backbone_work(one, "decode", [8192] * 16, []).bytes for one in (shared, copies))
+    assert more - less == pytest.approx(16 * 8192 * 20_480, rel=1e-3)
+    assert predicted_sent(shared, 16) - predicted_sent(copies, 16) == 80 * 4 * 16 * (128 * (2 + 4) + 2 * 4)
 
 
 def test_a_no_comes_with_what_would_fit():

@@ -56,25 +56,34 @@ def test_the_choice_follows_from_floors_memory_and_bytes(model, topology):
     assert not best.division.experts or sent[True] < sent[False]
 
 
-def test_repeated_keys_and_values_make_it_split_texts():
-    """8 KV heads on 16 chips: tensor=16 would hold all keys and values twice."""
+def test_shared_pages_make_the_widest_plan_the_best():
+    """8 KV heads on 16 chips: were there two copies of all keys and values, splitting texts would be quicker."""
     report = planned("llama-3.1-8b", "v5e:4x4")
-    assert report.plan == "seq=2,tensor=8" and report.runs
-    assert any("tensor=16 keeps 2 copies of all keys and values" in line for line in report.why)
-    assert "seq=2,tensor=8 rather than tensor=16" in str(report)
+    assert report.plan == "tensor=16" and report.runs
+    assert report.why[0] == "tensor=16: the widest plan that fits"
+    best, why = choose(works("llama-3.1-8b", "v5e:4x4", decode_context_parallel_size=1))
+    assert best.division.name == "seq=2,tensor=8" and "seq=2,tensor=8 rather than tensor=16" in why[0]
     # On 8 chips nothing is repeated.
     report = planned("llama-3.1-8b", "v5e:2x4")
     assert report.plan == "tensor=8" and report.why == ("tensor=8: the widest plan that fits",)
 
 
+def test_what_can_be_started_goes_first():
+    """32 query heads do not split over 64 chips on 16 hosts: two replicas would be quicker, but of one host only."""
+    best, why = choose(works("llama-3.1-8b", "v5p:4x4x4"))
+    assert best.runs and best.division.seq > 1 and "fits and can be started" in why[0]
+    assert any("for throughput alone data=" in line for line in why)
+
+
 def test_a_text_that_fits_no_other_way_is_split():
-    """2 KV heads: a text of 524,288 tokens fits on 8 chips when they share it, and not with 4 copies of it."""
+    """12 query heads do not split over 8 chips; a text of 700,000 tokens fits when all of them share it, and not on the
+    4 chips of a replica."""
     config = dict(
-        model_type="llama", vocab_size=32000, hidden_size=2048, num_hidden_layers=96, num_attention_heads=16,
+        model_type="llama", vocab_size=32000, hidden_size=1536, num_hidden_layers=96, num_attention_heads=12,
         num_key_value_heads=2, intermediate_size=4096, max_position_embeddings=1 << 20, torch_dtype="bfloat16",
         rms_norm_eps=1e-5,
     )  # fmt: skip
-    asked = dict(max_model_len=1 << 19, max_num_seqs=1)
+    asked = dict(max_model_len=700_000, max_num_seqs=1)
     fits = {one.plan: one.fits for one in planned(config, "v5e:2x4", **asked).alternatives}
     assert not any(fit for name, fit in fits.items() if "seq" not in name)
     report = planned(config, "v5e:2x4", **asked)

@@ -1,6 +1,6 @@
 """The engine's programs compiled for slices that are not here: what executables take is what was predicted.
 
-Four cells of `benchmarks/plan_matrix.py`'s kind that compile quickly: heads in groups on a mesh of two axes, texts
+Four cells of `benchmarks/plan_matrix.py`'s kind that compile quickly: KV heads whose devices share their pages, texts
 split over devices with quantised keys and values, a mixture with its experts whole on their devices, and replicas.
 """
 
@@ -58,6 +58,15 @@ def test_executables_take_what_was_predicted(topology):
     assert {one.axis for one in reduces} == {axis} | split
     rows = sum(one.bytes * one.times for one in reduces if one.axis == axis) / (16 * 2048 * 2)
     assert rows == 1 + 2 * 3
-    # No expert's matrix travels.
-    assert all(one.kind == "all-reduce" or split for one in decode.collectives)
+    # No expert's matrix travels, and no page: of 3 layers, two devices exchange 16 rows of 4 query heads.
+    more = [one for one in decode.collectives if one.kind != "all-reduce"]
+    if axis == "kv x rep":
+        rows = {one.bytes // 4: (one.kind, one.axis, one.times) for one in more}
+        assert rows == {
+            16 * 4 * 128 // 2: ("all-gather", "rep", 3), 16 * 4 * 2: ("all-gather", "rep", 3),
+            16 * 4 * 128: ("reduce-scatter", "rep", 3),
+        }  # fmt: skip
+        assert report.programs[0].results < 0.01 * report.memory.state  # pages are written in place
+    else:
+        assert not more or split
     assert decode.work is not None and decode.work.sent == pytest.approx(report.work[0].sent)

@@ -1,7 +1,10 @@
 """How heads split over devices, and refusals; engines: `tests/test_plans.py`."""
 
 import pytest
-from tokenloom import LLM
+from tokenloom import LLM, StreamingLLM
+from tokenloom.attention.caches.paged import Pages
+from tokenloom.serve.build import Build
+from tokenloom.serve.context_rules import keeps_copies
 from tokenloom.sharding.placement import needs_split, possible_sizes, split_heads
 from tokenloom.tests.shapes import ALL
 
@@ -26,3 +29,38 @@ def test_heads_split_whole_or_in_groups():
         ValueError, match=r"12 query heads with 6 KV heads; the nearest sizes that do are 6, 3, 2"
     ):
         needs_split(5, {(12, 6)}, 8)
+
+
+def copies(asked, heads=(8, 2), tensor=8, sequence=1, page_size=None, cache=Pages()):
+    return keeps_copies(
+        asked, {heads}, tensor=tensor, sequence=sequence, page_size=page_size, cache=cache
+    )  # fmt: skip
+
+
+def test_who_shares_pages():
+    """Four devices have one KV head between them; by default they share its pages where those can be cut."""
+    assert not copies(None) and not copies(4) and copies(1)
+    assert not copies(None, page_size=16) and copies(None, page_size=18)
+    assert copies(None, cache=StreamingLLM(4, 28)) and copies(None, sequence=2)
+    with pytest.raises(ValueError, match=r"size=2: 4 of tensor_parallel_size=8 .* choose 4, 1 for a copy"):
+        copies(2)
+    with pytest.raises(ValueError, match=r"size=2: 1 of tensor_parallel_size=2 .* choose 1 or None"):
+        copies(2, tensor=2)
+
+
+def test_pages_that_cannot_be_shared_are_refused():
+    for settings, message in (
+        (dict(decode_context_parallel_size=0), "decode_context_parallel_size=0 must be a whole number"),
+        (dict(decode_context_parallel_size=2), "tensor_parallel_size=1 is no multiple of it"),
+        (dict(decode_context_parallel_size=3, tensor_parallel_size=4), "no multiple of it"),
+        (
+            dict(decode_context_parallel_size=2, tensor_parallel_size=4, sequence_parallel_size=2),
+            "with sequence_parallel_size=2",
+        ),
+        (
+            dict(decode_context_parallel_size=2, tensor_parallel_size=4, page_size=17),
+            "page_size=17 is not cut evenly over decode_context_parallel_size=2",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Build(**settings)

@@ -2,7 +2,7 @@
 
 The widest tensor plan that fits, in as few replicas as it can, so that many devices work on each text. Where that ends
 (nothing fits, or query heads do not split further), splitting each text over groups of devices goes on. Experts stay
-whole where that sends less.
+whole where that sends less. What can be started today goes before what is planned only.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ def seconds(case: Case) -> float:
 def choose(works: Sequence[Case]) -> tuple[Case, tuple[str, ...]]:
     """The case to take of those whose shapes split, widest first, and the reasons."""
     fitting = [case for case in works if case.fits]
-    cut = [case for case in fitting if not case.division.experts]
+    running = [case for case in fitting if case.runs] or fitting
+    cut = [case for case in running if not case.division.experts]
     if not cut:
         plain = next(case for case in works if not case.division.experts and case.division.seq == 1)
         return plain, ("no plan of this slice fits; this is the widest",)
     best, why = _by_time(cut)
-    best, more = _by_bytes(best, fitting)
+    best, more = _by_bytes(best, running)
     return best, (*why, *more, *_throughput(best, fitting))
 
 
@@ -53,7 +54,7 @@ def _by_time(cases: Sequence[Case]) -> tuple[Case, list[str]]:
     if not usual:
         best = min(split, key=seconds)
         return best, [
-            f"{best.division.name}: no plan that leaves texts whole fits; of the others the quickest"
+            f"{best.division.name}: no plan that leaves texts whole fits and can be started; of the others the quickest"
         ]
     widest = best = usual[0]
     for case in split:

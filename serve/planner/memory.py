@@ -244,6 +244,11 @@ class Case:
         return self.sequences_that_fit >= self.seats
 
     @property
+    def runs(self) -> bool:
+        """Whether the engine of today can be started so: replicas are of one host."""
+        return self.topology.hosts == 1 or self.division.data == 1
+
+    @property
     def default_pages(self) -> int:
         """What an engine takes without `num_pages`, where it is less than `pages`."""
         page = self._state_bytes[0]

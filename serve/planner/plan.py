@@ -144,17 +144,11 @@ def _report(name: str, case: Case, works: list[Case], why: tuple[str, ...]) -> R
     )  # fmt: skip
 
 
-def _runs(case: Case) -> bool:
-    return case.topology.hosts == 1 or case.division.data == 1
-
-
 def _alternative(case: Case) -> Alternative:
     floor = sum(work.seconds for work in decode_work(case))
     data = case.division.data
     speed = data * case.seats / floor if case.fits else 0.0
-    return Alternative(
-        case.division.name, _runs(case), case.fits, data * case.sequences_that_fit, floor, speed
-    )
+    return Alternative(case.division.name, case.runs, case.fits, data * case.sequences_that_fit, floor, speed)
 
 
 def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
@@ -202,7 +196,7 @@ def _notes(case: Case) -> tuple[bool, tuple[str, ...]]:
             f"start it with num_pages={case.pages}: by itself an engine leaves a tenth of the memory and 1 GiB free "
             f"and takes {case.default_pages} pages"
         )
-    return _runs(case), tuple(notes)
+    return case.runs, tuple(notes)
 
 
 def _advice(case: Case) -> Iterator[str]:
