@@ -120,8 +120,7 @@ class Blockwise:
         self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec,
         ends: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        """The prompt part: q [C,Hq,D], rows by query_starts i32[R+1]. `ends` i32[R]: the position behind the last
-        query of each row, where that is not the end of what it sees."""
+        """The prompt part: q [C,Hq,D], rows by query_starts i32[R+1]. `ends` as in `Backend.prompt`."""
         C, heads, dim = q.shape
         step = min(self.tiles(Case.of("prompt", q, view)).queries, C)
         # One block of slack, so that a row's last block may run over the end of the chunk.

@@ -56,13 +56,15 @@ def attention(
     backends: tuple[Backend, ...],
     *,
     query_starts: jax.Array | None = None,
+    ends: jax.Array | None = None,
     tree: Tree | None = None,
     sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one part of a batch over its pages, on the first back end that accepts the case.
 
     q [B,n,Hq,D] is the rectangular part: row b's n tokens are its last n positions, or the slots of a draft
-    `tree`. With `query_starts` i32[R+1], q [C,Hq,D] is the flat prompt part. Returns (out, lse): out like q,
+    `tree`. With `query_starts` i32[R+1], q [C,Hq,D] is the flat prompt part, and `ends` i32[R] as in
+    `Backend.prompt`. Returns (out, lse): out like q,
     lse f32 [..., Hq], so partial results `merge`. A back end refuses with NotImplementedError; when all do, one
     NotImplementedError gives every reason.
     """
@@ -73,7 +75,7 @@ def attention(
             if query_starts is None:
                 out, lse = backend.rows(q, view, spec, tree)
             else:
-                out, lse = backend.prompt(q, view, query_starts, spec)
+                out, lse = backend.prompt(q, view, query_starts, spec, ends)
             return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
         except NotImplementedError as reason:
             reasons.append(f"{type(backend).__name__}: {reason}")

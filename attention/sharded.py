@@ -39,12 +39,14 @@ class Sharded:
         return self._split(run, 2, q, view, tree)
 
     def prompt(
-        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec
-    ) -> tuple[jax.Array, jax.Array]:
-        def run(q: jax.Array, view: PagedView, query_starts: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self.backend.prompt(q, view, query_starts, spec)
+        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec,
+        ends: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        def run(q: jax.Array, view: PagedView, rows: tuple) -> tuple[jax.Array, jax.Array]:
+            starts, ends = rows
+            return self.backend.prompt(q, view, starts, spec, ends)
 
-        return self._split(run, 1, q, view, query_starts)
+        return self._split(run, 1, q, view, (query_starts, ends))
 
     def _split(
         self,

@@ -31,13 +31,27 @@ def mib(size: int | None) -> str:
 
 def as_table(outcomes: list[Outcome]) -> Table:
     """A line a cell. Step: what the kernel needs by its own estimate, and the chip's limit (VMEM, shared memory)."""
-    columns = "kernel", "chip", "part", "head dim", "KV", "mask", "", "step MiB", "of", "temporary MiB", "s"
+    columns = (
+        "kernel",
+        "chip",
+        "part",
+        "head dim",
+        "KV",
+        "mask",
+        "share",
+        "",
+        "step MiB",
+        "of",
+        "temporary MiB",
+        "s",
+    )
     table = Table(*columns, header_style="bold")
     for one in outcomes:
         cell = one.cell
         shown = f"[{COLOURS[one.status]}]{one.status}[/] {one.reason}"
         table.add_row(
-            cell.kernel, cell.chip, cell.part, str(cell.head_dim), cell.dtype, cell.mask, shown,
+            cell.kernel, cell.chip, cell.part, str(cell.head_dim), cell.dtype, cell.mask,
+            f"1/{cell.parts}", shown,
             mib(one.needs), mib(one.limit), mib(one.temporary), f"{one.seconds:.1f}",
         )  # fmt: skip
     return table

@@ -24,16 +24,14 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from tokenloom.attention.blockwise import Blockwise
-from tokenloom.attention.ops import AttentionSpec, Backend, Layout, PagedView, Tree
+from tokenloom.attention.ops import AttentionSpec, Backend, Layout, PagedView, Tree, merge
+from tokenloom.tests.attention_pages import Pages, store
 
-HUGE = 1e30
 # Kernels and twin multiply the same numbers, and round weights in the same place; but the maxima that weights are taken
 # from stand elsewhere, since tiles do, so a weight may be rounded up here and down there.
 SLACK = 1.1
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,9 @@ class Case:
     """One call of a back end. `queries` is n of the rectangular part, or the query counts of prompt rows.
 
     `tree`: the n queries are slots of a draft tree, drawn at random; the last `idle` of them see no slot. `padding`:
-    tokens of no row behind the prompt part. `spare`: table entries past the longest row. dtype is q's.
+    tokens of no row behind the prompt part. `spare`: table entries past the longest row. dtype is q's. With `parts` of
+    a page's tokens only part number `part` lies here, page_size of them. `ends`: positions behind the queries of prompt
+    rows (None: their lengths).
     """
 
     name: str
@@ -59,6 +59,9 @@ class Case:
     padding: int = 3
     spare: int = 1
     seed: int = 0
+    parts: int = 1
+    part: int = 0
+    ends: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -66,6 +69,15 @@ class Case:
     @property
     def counts(self) -> tuple[int, ...]:
         return (self.queries,) * len(self.lengths) if isinstance(self.queries, int) else self.queries
+
+    @property
+    def span(self) -> int:
+        """Tokens of a text that a page stands for."""
+        return self.page_size * self.parts
+
+    def here(self, length: int) -> np.ndarray:
+        """bool[length]: which tokens of a text lie here."""
+        return np.arange(length) % self.span // self.page_size == self.part
 
     @property
     def exact(self) -> bool:
@@ -111,9 +123,10 @@ def softmax_attention(
     return np.einsum("nhs,shd->nhd", probabilities, v), lse, probabilities
 
 
-def text_sees(spec: AttentionSpec, length: int, count: int) -> np.ndarray:
-    """bool[count,length]: which tokens the last `count` tokens of a text see."""
-    at, keys = np.arange(length - count, length)[:, None], np.arange(length)[None, :]
+def text_sees(spec: AttentionSpec, length: int, count: int, end: int | None = None) -> np.ndarray:
+    """bool[count,length]: which tokens of a text its last `count` tokens see, or those in front of `end`."""
+    end = length if end is None else end
+    at, keys = np.arange(end - count, end)[:, None], np.arange(length)[None, :]
     seen = np.ones((count, length), bool)
     if spec.causal:
         seen = keys <= at if spec.chunk is None else keys // spec.chunk <= at // spec.chunk
@@ -143,57 +156,6 @@ def tree_sees(spec: AttentionSpec, length: int, ancestors: np.ndarray, depths: n
     return seen if spec.window is None else seen & (text[None, :] > (before + depths)[:, None] - spec.window)
 
 
-def store(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """x [S,Hkv,D] -> (codes [S,Hkv,D], scales [S,Hkv] or None, what the codes mean in float64)."""
-    if dtype not in LARGEST:
-        codes = x.astype(jnp.dtype(dtype))
-        return codes, None, codes.astype(np.float64)
-    scales = (np.abs(x).max(-1) / LARGEST[dtype]).astype(np.float32)
-    codes = x / scales[..., None]
-    codes = np.rint(codes).astype(np.int8) if dtype == "int8" else codes.astype(ml_dtypes.float8_e4m3fn)
-    return codes, scales, codes.astype(np.float64) * scales[..., None]
-
-
-class Pages:
-    """Numpy pages [M,Hkv,ps,D] and scales [M,Hkv,ps] that are filled row by row, then laid as a layout wants."""
-
-    def __init__(self, case: Case, draw: np.random.Generator) -> None:
-        needed = [-(-length // case.page_size) for length in case.lengths]
-        self.table = np.zeros((len(needed), max(needed, default=0) + case.spare), np.int32)
-        pages, self.case = 1 + sum(needed) + 3, case
-        shape = (pages, case.kv_heads, case.page_size)
-        self.scaled = case.kv_dtype in LARGEST
-        nothing = 100 if case.kv_dtype == "int8" else np.nan
-        self.codes = [np.full((*shape, case.dim), nothing).astype(jnp.dtype(case.kv_dtype)) for _ in range(2)]
-        self.scales = [np.full(shape, np.nan, np.float32) for _ in range(2)]
-        free = list(draw.permutation(np.arange(1, pages)))
-        for row, count in enumerate(needed):
-            self.table[row, :count] = [free.pop() for _ in range(count)]
-        for page in {0, *(self.table.ravel().tolist())}:
-            for codes, scales in zip(self.codes, self.scales):
-                codes[page], scales[page] = (100 if self.scaled else HUGE), HUGE
-
-    def fill(self, which: int, row: int, codes: np.ndarray, scales: np.ndarray | None) -> None:
-        at = np.arange(len(codes))
-        pages, slots = self.table[row, at // self.case.page_size], at % self.case.page_size
-        self.codes[which][pages, :, slots] = codes
-        if scales is not None:
-            self.scales[which][pages, :, slots] = scales
-
-    def view(self, layout: Layout) -> PagedView:
-        k, v = self.codes
-        if layout == "transposed":
-            pages = jnp.asarray(np.ascontiguousarray(k.swapaxes(2, 3))), jnp.asarray(v)
-        elif layout in ("rows", "padded"):
-            lanes = -self.case.dim % 128 if layout == "padded" else 0
-            pages = tuple(jnp.asarray(np.pad(x, ((0, 0), (0, 0), (0, 0), (0, lanes)))) for x in (k, v))
-        else:
-            pages = jnp.asarray(np.concatenate([k, v], -1)), None
-        scales = [jnp.asarray(x) if self.scaled else None for x in self.scales]
-        lengths = jnp.asarray(self.case.lengths, jnp.int32)
-        return PagedView(*pages, jnp.asarray(self.table), lengths, *scales, layout=layout)
-
-
 def build(case: Case, layout: Layout) -> Problem:
     """The arrays of a case, and what must come out."""
     draw = np.random.default_rng(case.seed + 1)
@@ -212,14 +174,15 @@ def build(case: Case, layout: Layout) -> Problem:
         tree = Tree.of(jnp.asarray(ancestors), jnp.asarray(depths), case.spec.window)
     out, lse = np.zeros((tokens, case.heads, case.dim)), np.full((tokens, case.heads), -np.inf)
     at, seen_by_row = 0, []
-    for row, (length, count) in enumerate(zip(case.lengths, case.counts)):
+    for row, (length, count, end) in enumerate(zip(case.lengths, case.counts, case.ends or case.lengths)):
         here, at = slice(at, at + count), at + count
         if not length:
             seen = np.zeros((count, 0), bool)
         elif ancestors is not None and depths is not None:
             seen = tree_sees(case.spec, length, ancestors[row], depths[row])
         else:
-            seen = text_sees(case.spec, length, count)
+            seen = text_sees(case.spec, length, count, end)
+        seen = seen & case.here(length)
         seen_by_row.append(seen)
         out[here], lse[here], _ = softmax_attention(q[here], stored[0][row], stored[1][row], seen, case.spec)
     starts = None
@@ -238,7 +201,8 @@ def run(
     if problem.query_starts is None:
         program = jax.jit(lambda q, view, _, tree: backend.rows(q, view, case.spec, tree))
     else:
-        program = jax.jit(lambda q, view, starts, _: backend.prompt(q, view, starts, case.spec))
+        ends = None if case.ends is None else jnp.asarray(case.ends, jnp.int32)
+        program = jax.jit(lambda q, view, starts, _: backend.prompt(q, view, starts, case.spec, ends))
     results = [program(problem.q, problem.view, problem.query_starts, problem.tree) for _ in range(times)]
     return [(np.asarray(out), np.asarray(lse)) for out, lse in results]
 
@@ -295,6 +259,29 @@ def check(backend: Backend, case: Case) -> None:
             assert ours <= max(1e-5, SLACK * its), f"{name}: error {ours:.1e}, the twin's is {its:.1e}"
 
 
+def check_parts(backend: Backend, case: Case) -> None:
+    """Asserts that the results of all parts of a split case merge to what its text gives whole."""
+    parts = [build(replace(case, part=part), backend.layout(case.dim)) for part in range(case.parts)]
+    found = [run(backend, case, problem)[0] for problem in parts]
+    out, lse = (jnp.asarray(x, jnp.float32) for x in found[0])
+    for other, its in found[1:]:
+        out, lse = merge((out, lse), (jnp.asarray(other, jnp.float32), jnp.asarray(its)))
+    heads, dim = case.heads, case.dim
+    q, out, lse = (
+        np.asarray(x).reshape(-1, heads, *n) for x, n in ((parts[0].q, (dim,)), (out, (dim,)), (lse, ()))
+    )
+    near, at = 1e-5 if case.exact else 2e-2, 0
+    for row, (length, count, end) in enumerate(zip(case.lengths, case.counts, case.ends or case.lengths)):
+        here, at = slice(at, at + count), at + count
+        sees = np.logical_or.reduce([problem.sees[row] for problem in parts])
+        if length and not case.tree:
+            np.testing.assert_array_equal(sees, text_sees(case.spec, length, count, end))
+        k, v = parts[0].k[row], parts[0].v[row]
+        whole, total, _ = softmax_attention(q[here], k, v, sees, case.spec)
+        np.testing.assert_allclose(out[here], whole, atol=near, rtol=near)
+        np.testing.assert_allclose(lse[here], total, atol=near, rtol=near)
+
+
 LLAMA = dict(heads=32, kv_heads=8, dim=128, spec=AttentionSpec(128**-0.5))
 GEMMA = dict(heads=8, kv_heads=4, dim=256, spec=AttentionSpec(1 / 16, window=20, softcap=3.0))
 PHI = dict(heads=32, kv_heads=32, dim=80, spec=AttentionSpec(80**-0.5))
@@ -305,6 +292,7 @@ MQA = dict(heads=8, kv_heads=1, dim=128, spec=AttentionSpec(128**-0.5))
 BF16 = dict(dtype="bfloat16", kv_dtype="bfloat16")
 INT8 = dict(kv_dtype="int8")
 FP8 = dict(kv_dtype="float8_e4m3fn")
+FIRST, SECOND = dict(parts=2), dict(page_size=8, parts=2, part=1)
 
 
 def _case(
@@ -360,6 +348,18 @@ CASES = (
     _case("tree-of-64", (64, 100), 64, tree=True, idle=3),
     _case("tree-of-64-window-int8", (64, 90), 64, INT8, tree=True, spec=AttentionSpec(0.125, window=4)),
     _case("tree-of-7-softcap-fp8", (21, 7), 7, MQA, FP8, tree=True, spec=AttentionSpec(0.3, softcap=2.0)),
+    _case("split-decode", (1, 37, 0, 16, 90, 17), 1, QWEN, SECOND),
+    _case("split-rows-window-bf16", (40, 3, 61), 3, BF16, SECOND, spec=AttentionSpec(0.125, window=9)),
+    _case("split-prompt", (70, 0, 12, 30), (70, 0, 3, 11), QWEN, FIRST),
+    _case("split-prompt-window-int8", (70, 40), (30, 40), INT8, SECOND, spec=AttentionSpec(0.125, window=20)),
+    _case("split-prompt-chunks", (70, 33), (61, 5), SECOND, spec=AttentionSpec(0.125, chunk=12)),
+    _case("split-prompt-full-fp8", (45, 9), (20, 9), FP8, SECOND, spec=AttentionSpec(0.125, causal=False)),
+    _case("split-prompt-of-what-was-before", (40, 0, 9), (20, 6, 3), SECOND, ends=(60, 6, 14)),
+    _case("split-prompt-one-token-pages", (9, 4), (9, 2), page_size=1, parts=4, part=2),
+    _case("split-tree-of-33-window", (33, 80, 49), 33, SECOND, tree=True, idle=1, spec=AttentionSpec(0.125, window=9)),
+    _case("split-tree-of-7-bf16", (7, 90, 23, 0), 7, LLAMA, BF16, FIRST, tree=True),
+    _case("prompt-in-the-middle", (60, 41), (20, 9), ends=(50, 20)),
+    _case("prompt-window-beyond-its-text", (20, 9), (20, 9), ends=(40, 70), spec=AttentionSpec(0.125, window=12)),
 )  # fmt: skip
 
 
@@ -386,3 +386,10 @@ def drawn(seed: int, page_sizes: tuple[int, ...] = (1, 4, 8, 16, 32)) -> Case:
         return replace(case, lengths=lengths, queries=n)
     spec = replace(spec, causal=True, chunk=None)
     return replace(case, lengths=lengths, queries=n, spec=spec, tree=True, idle=int(draw.integers(n)))
+
+
+def drawn_split(seed: int) -> Case:
+    """A case of `drawn`, of which 1/2 or 1/4 lies here."""
+    draw, case = np.random.default_rng(2000 + seed), drawn(seed)
+    parts = int(draw.choice([2, 4]))
+    return replace(case, name=f"split-{seed}", parts=parts, part=int(draw.integers(parts)))

@@ -44,7 +44,7 @@ ROWS, DRAFTS, CHUNK, PROMPTS, HEADS, KV_HEADS, PAGE, WIDTH, PAGES = 16, 8, 512, 
 
 @dataclass(frozen=True)
 class Cell:
-    """`kernel` "tpu", "triton" or "twin"."""
+    """`kernel` "tpu", "triton" or "twin"; `parts`: devices that share each page token by token."""
 
     kernel: str
     chip: str
@@ -52,9 +52,11 @@ class Cell:
     dtype: str = "bfloat16"
     mask: str = "causal"
     part: str = "rows"
+    parts: int = 1
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.chip} {self.part} {self.head_dim} {self.dtype} {self.mask}"
+        split = "" if self.parts == 1 else f" 1/{self.parts}"
+        return f"{self.kernel} {self.chip} {self.part} {self.head_dim} {self.dtype} {self.mask}{split}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def cells(full: bool, chips: tuple[str, ...] = ()) -> list[Cell]:
             wanted = full or odd <= (1 if kernel != "twin" else 0)
             if wanted and not (mask == "tree" and part == "prompt"):
                 found.append(Cell(kernel, chip, dim, dtype, mask, part))
+        if kernel != "twin":
+            found += [Cell(kernel, chip, mask="window", part=part, parts=2) for part in ("rows", "prompt")]
     return found
 
 
@@ -134,6 +138,8 @@ def call(cell: Cell, backend: Backend) -> tuple[Callable, tuple]:
     view = PagedView(
         pages.k, pages.v, ints(count, WIDTH), ints(count), pages.k_scales, pages.v_scales, pages.layout
     )  # type: ignore[arg-type]
+    if cell.parts > 1:
+        view = replace(view, parts=cell.parts, first=ints())
     if cell.part == "prompt":
         q = jax.ShapeDtypeStruct((CHUNK, HEADS, cell.head_dim), q_dtype)
         return lambda q, view, starts: backend.prompt(q, view, starts, spec), (q, view, ints(PROMPTS + 1))

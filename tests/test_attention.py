@@ -23,7 +23,9 @@ TWINS = (
 EVERYWHERE = {"llama-prompt-fp8", "tree-of-7"}
 PAIRS = [
     pytest.param(case, twin, id=f"{case}-{twin.lie}-{twin.query_block}-{twin.pages_a_step}")
-    for index, case in enumerate((*cases.CASES, *(cases.drawn(seed) for seed in range(3))))
+    for index, case in enumerate(
+        (*cases.CASES, *(kind(seed) for seed in range(3) for kind in (cases.drawn, cases.drawn_split)))
+    )
     for place, twin in enumerate(TWINS)
     if place == index % len(TWINS) or (case.name in EVERYWHERE and place < 3)
 ]
@@ -34,6 +36,11 @@ partly, merging = jax.jit(dense, static_argnames="spec"), jax.jit(merge)
 @pytest.mark.parametrize("case, twin", PAIRS)
 def test_blockwise(case, twin):
     cases.check(twin, case)
+
+
+@pytest.mark.parametrize("name", ["split-rows-window-bf16", "split-prompt"])
+def test_parts_merge_to_the_whole(name):
+    cases.check_parts(TWINS[0], next(case for case in cases.CASES if case.name == name))
 
 
 @pytest.mark.parametrize("name", ["llama-decode-bf16", "qwen-prompt-int8-bf16", "llama-decode-int8-q-bf16"])
@@ -164,10 +171,10 @@ class Picky(Blockwise):
             raise NotImplementedError("no rows today")
         return super().rows(q, view, spec, tree)
 
-    def prompt(self, q, view, query_starts, spec):
+    def prompt(self, q, view, query_starts, spec, ends=None):
         if self.refuses == "prompt":
             raise NotImplementedError("prompts on Mondays only")
-        return super().prompt(q, view, query_starts, spec)
+        return super().prompt(q, view, query_starts, spec, ends)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ TPU = [
     Cell("tpu", "v6e", 64, "int8", "tree"),
     Cell("tpu", "v4", 80, "float32"),
     Cell("tpu", "7x", 96, mask="chunk", part="prompt"),
+    Cell("tpu", "v5e", mask="window", part="prompt", parts=2),
+    Cell("tpu", "v5p", 64, "int8", "tree", parts=4),
 ]
 GPU = [
     Cell("triton", "h200", dim, dtype, mask, part)
@@ -22,6 +24,9 @@ GPU = [
         (256, "bfloat16", "chunk", "prompt"),
         (96, "float32", "full", "rows"),
     )
+] + [
+    Cell("triton", "h200", 64, "int8", "tree", parts=4),
+    Cell("triton", "h200", mask="window", part="prompt", parts=2),
 ]
 
 
@@ -47,8 +52,8 @@ def test_the_grid_is_what_it_says():
     assert set(short) < set(full) and len(set(full)) == len(full)
     chips = {cell.chip for cell in full}
     assert chips == {"v4", "v5e", "v5p", "v6e", "7x", "h200", "a100", "l4"}
-    # 5 head dims x 4 dtypes x (5 masks of rows, 4 of prompts), by a kernel and by the twin.
-    assert len(full) == len(chips) * 180 * 2
+    # 5 head dims x 4 dtypes x (5 masks of rows, 4 of prompts), by a kernel and by the twin; both parts of split pages.
+    assert len(full) == len(chips) * (180 * 2 + 2)
 
 
 def test_refusals_and_failures_are_told_apart():

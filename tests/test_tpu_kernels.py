@@ -13,7 +13,7 @@ from tokenloom.pallas_kernels.attention.tiles import Case, TpuTiles
 from tokenloom.pallas_kernels.attention.tpu import TpuKernels
 from tokenloom.pallas_kernels.attention.worklist import flatten, prompt_ranges, row_ranges
 from tokenloom.pallas_kernels.chips import TPUS
-from tokenloom.tests.attention_cases import CASES, build, check, drawn, run
+from tokenloom.tests.attention_cases import CASES, build, check, check_parts, drawn, drawn_split, run
 from tokenloom.tests.devices import run_on
 from tokenloom.tests.interpreter import raced, simulated
 
@@ -25,6 +25,8 @@ ONE_CORE = (
     "phi-prompt-80-bf16", "phi3-prompt-96-window-in-page", "gpt2-prompt", "qwen-decode-group-of-7",
     "mqa-prompt-in-one-query", "chunks-across-pages", "full-rows-bf16", "one-token-pages-prompt",
     "all-rows-empty", "prompt-of-no-rows", "tree-of-33-window", "tree-of-64-window-int8",
+    "split-decode", "split-prompt-chunks", "split-prompt-of-what-was-before", "prompt-in-the-middle",
+    "split-prompt-one-token-pages", "split-tree-of-7-bf16",
 )  # fmt: skip
 
 
@@ -39,7 +41,17 @@ def test_drawn_cases_on_two_cores(seed):
     check(TpuKernels(V4, interpret=True), drawn(seed))
 
 
-@pytest.mark.parametrize("name", ["qwen-decode-group-of-7", "gpt2-prompt"])
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_split_cases(seed):
+    check(TpuKernels(V4, interpret=True), drawn_split(seed))
+
+
+@pytest.mark.parametrize("name", ["split-rows-window-bf16", "split-prompt", "split-tree-of-33-window"])
+def test_parts_merge_to_the_whole(name):
+    check_parts(TpuKernels(V5E, interpret=True), NAMED[name])
+
+
+@pytest.mark.parametrize("name", ["qwen-decode-group-of-7", "gpt2-prompt", "split-prompt-window-int8"])
 def test_memory_spaces_and_races(name):
     """TPU memories are simulated; what nobody wrote is NaN; two cores may not touch the same memory."""
     assert not raced(lambda: check(TpuKernels(V4, interpret=simulated(2)), NAMED[name]))
@@ -129,7 +141,7 @@ def test_every_visible_key_is_visited_once(segment, cores, window):
 
     @jax.jit
     def build_list(lengths):
-        ranges = row_ranges(lengths, 1, spec, step, segments, segment, False)
+        ranges = row_ranges(lengths, 1, spec.visible, step, segments, segment)
         steps = flatten(ranges, rows * segments, rows * (12 + segments), cores)
         first, last = spec.visible(lengths - 1, lengths)
         return asdict(steps), first, last
@@ -156,7 +168,7 @@ def test_every_visible_key_is_visited_once(segment, cores, window):
 
 def test_prompt_blocks_visit_the_rows_that_overlap_them():
     starts, lengths = jnp.asarray([0, 5, 5, 20], jnp.int32), jnp.asarray([5, 0, 40], jnp.int32)
-    ranges = prompt_ranges(starts, lengths, 3, 8, AttentionSpec(1.0), 8)
+    ranges = prompt_ranges(starts, lengths, lengths, 3, 8, AttentionSpec(1.0).visible, 8)
     live = [tuple(int(x[i]) for x in (ranges.slot, ranges.row, ranges.first, ranges.count)) for i in range(9)]
     assert [one for one in live if one[3]] == [(0, 0, 0, 1), (0, 2, 0, 4), (1, 2, 0, 5), (2, 2, 0, 5)]
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenloom.attention.ops import AttentionSpec, PagedView, Tree
+from tokenloom.pallas_kernels.attention.spec import Share
 from tokenloom.pallas_kernels.attention.tiles import Case, TritonTiles
 from tokenloom.pallas_kernels.attention.triton import TritonKernels
 from tokenloom.pallas_kernels.attention.triton_rows import MOST_SEGMENTS, Cut
@@ -40,6 +41,15 @@ RUNS = {
     "prompt-of-no-rows": SHORT,
     "tree-of-7-softcap-fp8": SHORT,
     "tree-of-33-window": TritonTiles(8, 16, 32),
+    "split-decode": SHORT,
+    "split-rows-window-bf16": TritonTiles(2, 16, 16),
+    "split-prompt-window-int8": ODD,
+    "split-prompt-full-fp8": SHORT,
+    "split-prompt-of-what-was-before": ODD,
+    "split-prompt-one-token-pages": SHORT,
+    "split-tree-of-33-window": TritonTiles(8, 16, 32),
+    "prompt-in-the-middle": SHORT,
+    "prompt-window-beyond-its-text": ODD,
 }
 
 
@@ -51,6 +61,16 @@ def test_cases(name):
 @pytest.mark.parametrize("seed", (1, 2, 127, 137))
 def test_drawn_cases_with_the_heuristic(seed):
     cases.check(TritonKernels(SMALL, interpret=True), cases.drawn(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_split_cases(seed):
+    cases.check(TritonKernels(SMALL, interpret=True), cases.drawn_split(seed))
+
+
+@pytest.mark.parametrize("name", ["split-decode", "split-prompt-chunks", "split-tree-of-7-bf16"])
+def test_parts_merge_to_the_whole(name):
+    cases.check_parts(TritonKernels(SMALL, interpret=True, tiles=SHORT), BY_NAME[name])
 
 
 @pytest.mark.parametrize("queries", [1, (1, 1)])
@@ -115,8 +135,8 @@ def test_a_prompt_gives_the_same_bits_alone_and_cut_into_chunks():
 def test_segments_cover_what_a_row_sees(window, n):
     cut = Cut(AttentionSpec(1.0, window=window), n, 100_000, 16, 64)
     lengths = jnp.asarray([0, 1, 15, 16, 17, 63, 64, 65, 8191, 8192, 8193, 16385, 99_999, 100_000], jnp.int32)
-    start, size, segments = (np.asarray(x) for x in cut.of(lengths))
-    sees = np.asarray(cut.low(lengths))
+    start, size, segments = (np.asarray(x) for x in cut.of(lengths, Share()))
+    sees = np.asarray(cut.low(lengths, Share()))
     assert segments.max() <= cut.most <= MOST_SEGMENTS
     assert not (start % 16).any() and not (size % 16).any()
     assert (start <= sees).all() and (sees - start < 16).all()

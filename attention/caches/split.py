@@ -21,7 +21,6 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ...pallas_kernels.attention.spec import token_axis
 from ..batch import NULL_PAGE, Batch, Shape
-from ..blockwise import Blockwise
 from ..flat import flat
 from ..ops import AttentionSpec, PagedView, attention, merge
 from ..rotary import Rotate, unrotated
@@ -176,8 +175,6 @@ class _Here:
         """The rectangular part, q [B*n,Hq,D] on every device -> out as `merged` leaves it."""
         B, n = batch.shape.B, batch.shape.q
         view = self.view(batch).rows(0, B)
-        if n == 1 and self.spec.causal and self.spec.chunk is None and self.spec.window is None:
-            view = view.closed_up()
         found = attention(q.reshape(B, n, *q.shape[1:]), view, self.spec, self.pages.backends)
         out = self.merged(found)
         return out.reshape(B * n, *out.shape[2:]).astype(q.dtype)
@@ -201,8 +198,11 @@ class _Here:
             behind = jnp.maximum(here[1:] - half, 0)
             chunk = q[place * half : (place + 1) * half]
             parts.append(
-                Blockwise().prompt(chunk, view, jnp.clip(here, 0, half), self.spec, ends=lengths - behind)
-            )
+                attention(
+                    chunk, view, self.spec, self.pages.backends, query_starts=jnp.clip(here, 0, half),
+                    ends=lengths - behind,
+                )
+            )  # fmt: skip
         out, lse = (jnp.concatenate(both) for both in zip(*parts))
         return out.astype(jnp.float32), lse
 

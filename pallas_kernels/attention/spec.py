@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 NEG_INF = -1e30
 WORD = 32
@@ -84,6 +85,46 @@ class AttentionSpec:
         return first if self.window is None else jnp.maximum(positions - self.window + 1, 0), last
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["first"], meta_fields=["page_size", "parts"])
+@dataclass(frozen=True)
+class Share:
+    """Which tokens of a text lie here: of every page_size * parts of them the page_size from `first` i32[] on; all of
+    them where that is None.
+
+    What lies here is in the order of the text. So what a query sees of it is one range again, and a kernel that counts
+    only these tokens, closely, meets a text that is split like a whole one. Plain arithmetic, for inside kernels too,
+    where `first` is a ref.
+    """
+
+    page_size: int = 1
+    parts: int = 1
+    first: jax.Array | None = None
+
+    def before(self, positions: jax.Array) -> jax.Array:
+        """How many of these tokens are in front of text positions i32[...]."""
+        if self.first is None:
+            return positions
+        at = jnp.maximum(positions, 0)
+        span = jnp.full_like(at, self.page_size * self.parts)
+        return lax.div(at, span) * self.page_size + jnp.clip(
+            lax.rem(at, span) - self.first[...], 0, self.page_size
+        )
+
+    def visible(
+        self, spec: AttentionSpec, positions: jax.Array, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """`AttentionSpec.visible`, counted in these tokens; the first lies behind the last where nothing is seen."""
+        first, last = spec.visible(positions, lengths)
+        return (first, last) if self.first is None else (self.before(first), self.before(last + 1) - 1)
+
+    def positions(self, count: jax.Array) -> jax.Array:
+        """Text positions i32[...] of these tokens, the inverse of `before`."""
+        if self.first is None:
+            return count
+        size = jnp.full_like(count, self.page_size)
+        return lax.div(count, size) * (self.page_size * self.parts) + lax.rem(count, size) + self.first[...]
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["k_pages", "v_pages", "table", "lengths", "k_scales", "v_scales", "first"],
@@ -105,7 +146,7 @@ class PagedView:
     int8 and float8 pages come with f32 scales [M,Hkv,ps], one for each token and head: k = codes * scale.
 
     Pages that several devices share token by token are `parts` times as long as what lies here, which begins with
-    token `first` i32[] of each page: key positions then have gaps. Back ends that count on none refuse.
+    token `first` i32[] of each page: key positions then have gaps (`share`).
     """
 
     k_pages: jax.Array
@@ -136,13 +177,9 @@ class PagedView:
         inside = jnp.arange(self.page_size, dtype=jnp.int32) + (0 if self.first is None else self.first)
         return page[..., None] * self.span + inside
 
-    def closed_up(self) -> PagedView:
-        """As if what lies here were the whole text: right for queries that see all of it."""
-        if self.first is None:
-            return self
-        here = jnp.clip(self.lengths % self.span - self.first, 0, self.page_size)
-        lengths = self.lengths // self.span * self.page_size + here
-        return replace(self, lengths=lengths, parts=1, first=None)
+    @property
+    def share(self) -> Share:
+        return Share(self.page_size, self.parts, self.first)
 
     @property
     def kv_heads(self) -> int:
@@ -203,8 +240,10 @@ class Backend(Protocol):
         ...
 
     def prompt(
-        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec
-    ) -> tuple[jax.Array, jax.Array]:
+        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec,
+        ends: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         """The prompt part, flat: q [C,Hq,D]; tokens of row r lie in query_starts[r]..query_starts[r+1] (i32[R+1])
-        and are the last positions of that row. Tokens of no row give out = 0, lse = -inf."""
+        and are the last positions of that row, or those in front of `ends` i32[R]: other tokens of the row may then
+        lie behind them, or not be stored yet. Tokens of no row give out = 0, lse = -inf."""
         ...

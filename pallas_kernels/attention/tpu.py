@@ -51,9 +51,10 @@ class TpuKernels:
         step, kv_heads, group = tiles.pages * view.page_size, view.kv_heads, heads // view.kv_heads
         reach = view.table.shape[1] * view.page_size
         segments = -(-reach // tiles.segment) if tiles.segment else 1
-        ranges = row_ranges(view.lengths, n, spec, step, segments, tiles.segment, tree is not None)
+        sees = partial(view.share.visible, spec)
+        ranges = row_ranges(view.lengths, n, sees, step, segments, tiles.segment)
         blocks = q.reshape(B, n, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
-        info = _row_info(view.lengths, n, spec, tree)
+        info = _row_info(view, n, spec, tree)
         out, lse = self._run(
             blocks.reshape(B, kv_heads, n * group, dim), jnp.repeat(info, group, 1), view, spec, tiles, ranges,
             slots=B * segments, size=B * (-(-reach // step) + segments - 1),
@@ -68,17 +69,19 @@ class TpuKernels:
         return out.astype(q.dtype), lse
 
     def prompt(
-        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec
-    ) -> tuple[jax.Array, jax.Array]:
+        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec,
+        ends: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         C, heads, dim = q.shape
         tiles = self._tiles("prompt", C, q, view)
         step, kv_heads, group = tiles.pages * view.page_size, view.kv_heads, heads // view.kv_heads
         queries, R = tiles.queries, view.lengths.shape[0]
         blocks = -(-C // queries)
-        ranges = prompt_ranges(query_starts, view.lengths, blocks, queries, spec, step)
+        ends, sees = view.lengths if ends is None else ends, partial(view.share.visible, spec)
+        ranges = prompt_ranges(query_starts, view.lengths, ends, blocks, queries, sees, step)
         padded = jnp.pad(q, ((0, blocks * queries - C), (0, 0), (0, 0)))
         padded = padded.reshape(blocks, queries, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
-        info = _prompt_info(query_starts, view.lengths, blocks * queries, spec).reshape(blocks, queries, -1)
+        info = _prompt_info(query_starts, view, ends, blocks * queries, spec).reshape(blocks, queries, -1)
         out, lse = self._run(
             padded.reshape(blocks, kv_heads, queries * group, dim), jnp.repeat(info, group, 1), view, spec, tiles,
             ranges, slots=blocks, size=(blocks + R) * -(-view.table.shape[1] // tiles.pages), dtype=q.dtype,
@@ -92,10 +95,6 @@ class TpuKernels:
         kv_dtype, size = view.k_pages.dtype, view.page_size
         if view.layout == "transposed":
             raise NotImplementedError("keys are transposed inside a page; the kernel wants rows or pairs")
-        if view.parts > 1:
-            raise NotImplementedError(
-                "keys have gaps (pages shared token by token); the kernel counts on none"
-            )
         if self.chip.platform != "tpu":
             raise NotImplementedError(f"compiled for {self.chip.name}: this kernel is for TPU")
         if not self.interpret and size % (32 // kv_dtype.itemsize):
@@ -134,7 +133,9 @@ class TpuKernels:
         rows, lanes = -(-N // 16) * 16, view.k_pages.shape[-1]
         q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - N), (0, lanes - dim)))
         info = jnp.pad(info, ((0, 0), (0, rows - N), (0, 0)), constant_values=-1)
-        call = _Call(self.chip, spec, tiles, view.page_size, slots // blocks, view.layout == "paired")
+        call = _Call(
+            self.chip, spec, tiles, view.page_size, view.parts, slots // blocks, view.layout == "paired"
+        )
         out, lse = call(q, info, view, steps, slots, dtype, self.interpret)
         live = steps.counts > 0
         out = out[..., dim:] if view.layout == "paired" else out[..., :dim]
@@ -142,25 +143,29 @@ class TpuKernels:
         return out, jnp.where(live[:, None, None], lse[:slots, :, :N], -jnp.inf)
 
 
-def _row_info(lengths: jax.Array, n: int, spec: AttentionSpec, tree: Tree | None) -> jax.Array:
-    """i32[B,n,4+words]: first and last key, row, the tree's root, and words of bits of each query."""
-    B = lengths.shape[0]
-    lengths = lengths[:, None]
+def _row_info(view: PagedView, n: int, spec: AttentionSpec, tree: Tree | None) -> jax.Array:
+    """i32[B,n,4+words]: first and last key (as `Share` counts), row, the tree's root (counted from the first token
+    that lies here), and words of bits of each query."""
+    B, lengths, share = view.lengths.shape[0], view.lengths[:, None], view.share
     depths = jnp.arange(n, dtype=jnp.int32)[None] if tree is None else tree.depths
-    first, last = spec.visible(lengths - n + depths, lengths)
+    first, last = share.visible(spec, lengths - n + depths, lengths)
     if tree is not None:
-        last = jnp.broadcast_to(lengths - 1, depths.shape)
+        last = jnp.broadcast_to(share.before(lengths) - 1, depths.shape)
     owner = jnp.arange(B, dtype=jnp.int32)[:, None]
-    columns = [jnp.broadcast_to(x, (B, n)) for x in (first, last, owner, lengths - n)]
+    root = lengths - n if share.first is None else lengths - n - share.first
+    columns = [jnp.broadcast_to(x, (B, n)) for x in (first, last, owner, root)]
     words = [] if tree is None else [tree.bits[..., w] for w in range(tree.bits.shape[-1])]
     return jnp.stack(columns + words, -1)
 
 
-def _prompt_info(query_starts: jax.Array, lengths: jax.Array, tokens: int, spec: AttentionSpec) -> jax.Array:
+def _prompt_info(
+    query_starts: jax.Array, view: PagedView, ends: jax.Array, tokens: int, spec: AttentionSpec
+) -> jax.Array:
     """i32[tokens,4]: as `_row_info`, for the flat chunk; tokens of no row have row -1."""
+    lengths = view.lengths
     R, index = lengths.shape[0], jnp.arange(tokens, dtype=jnp.int32)
     row = (index[:, None] >= query_starts[None, 1:R]).sum(-1, dtype=jnp.int32)
-    first, last = spec.visible(index - query_starts[row + 1] + lengths[row], lengths[row])
+    first, last = view.share.visible(spec, index - query_starts[row + 1] + ends[row], lengths[row])
     owner = jnp.where(index < query_starts[R], row, -1)
     return jnp.stack([first, last, owner, jnp.zeros_like(owner)], -1)
 
@@ -188,6 +193,7 @@ class _Call:
     spec: AttentionSpec
     tiles: TpuTiles
     page_size: int
+    parts: int
     segments: int
     paired: bool
 
@@ -198,9 +204,10 @@ class _Call:
         _, kv_heads, rows, lanes = q.shape
         pages, cores = self.tiles.pages, self.chip.cores
         flags = steps.opens.astype(jnp.int32) + 2 * steps.closes.astype(jnp.int32)
-        prefetch = (steps.starts, steps.slot, steps.row, steps.group, flags, view.table, view.lengths)
+        stored = view.share.before(view.lengths)
+        prefetch = (steps.starts, steps.slot, steps.row, steps.group, flags, view.table, stored)
         values = () if self.paired else (view.v_pages,)
-        stored = [view.k_pages, *values]
+        paged = [view.k_pages, *values]
         scales = [] if view.k_scales is None else [view.k_scales, view.v_scales]
 
         def page(j: int):
@@ -215,7 +222,7 @@ class _Call:
             in_specs=[
                 pl.BlockSpec((1, kv_heads, rows, lanes), self._block),
                 pl.BlockSpec((1, rows, info.shape[-1]), lambda *at: self._block(*at)[:3]),
-                *(page(j) for _ in stored for j in range(pages)),
+                *(page(j) for _ in paged for j in range(pages)),
                 *(scale(j) for _ in scales for j in range(pages)),
             ],
             out_specs=[
@@ -228,9 +235,9 @@ class _Call:
                 pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
             ],
         )
-        arrays = [array for array in (*stored, *scales) for _ in range(pages)]
+        arrays = [array for array in (*paged, *scales) for _ in range(pages)]
         return pl.pallas_call(
-            partial(self._body, len(stored), len(scales)),
+            partial(self._body, len(paged), len(scales)),
             grid_spec=grid,
             out_shape=[
                 jax.ShapeDtypeStruct((slots + cores - 1, kv_heads, rows, lanes), dtype),
@@ -307,13 +314,15 @@ class _Call:
             lax.fori_loop(0, q_ref.shape[1], head, 0)
 
     def _seen(self, info_ref, row, base) -> jax.Array:
-        """bool[N,ps]: which keys of the page that begins at position `base` of `row` each query sees."""
+        """bool[N,ps]: which keys of a page each query sees; its first is key `base` of those of `row` that lie here."""
         info = info_ref[0]
         key = base + lax.broadcasted_iota(jnp.int32, (info.shape[0], self.page_size), 1)
         seen = (key >= info[:, FIRST : FIRST + 1]) & (key <= info[:, LAST : LAST + 1])
         seen &= info[:, OWNER : OWNER + 1] == row
         if info.shape[1] > WORDS:
             words = [info[:, w : w + 1] for w in range(WORDS, info.shape[1])]
+            # With `parts` a page of a text is as many times as long, and so is what is in front of it.
+            key = key if self.parts == 1 else key + base * (self.parts - 1)
             seen &= Tree.sees(words, key - info[:, ROOT : ROOT + 1])
         return seen
 

@@ -57,18 +57,19 @@ class TritonKernels:
         if cut.most == 1:
             return outs, lses
         merging = TritonTiles(1, tiles.keys, tiles.segment, 1, 1)
-        return self._call(MergeKernel(cut), (B, n, heads), merging, q)(view.lengths, outs, lses)
+        return self._call(MergeKernel(cut), (B, n, heads), merging, q)(view.lengths, view.share, outs, lses)
 
     def prompt(
-        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec
-    ) -> tuple[jax.Array, jax.Array]:
+        self, q: jax.Array, view: PagedView, query_starts: jax.Array, spec: AttentionSpec,
+        ends: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         """See `Backend.prompt`."""
         if not q.size:
             return _nothing(q)
         tiles = self._tiles("prompt", q, view, spec)
         product = Product.of(q.dtype, view.k_pages.dtype, self.interpret)
         grid = (-(-q.shape[0] // tiles.queries), view.kv_heads)
-        return self._call(PromptKernel(spec, tiles, product), grid, tiles, q)(q, query_starts, view)
+        return self._call(PromptKernel(spec, tiles, product), grid, tiles, q)(q, query_starts, view, ends)
 
     def _call(self, kernel: Any, grid: tuple[int, ...], tiles: TritonTiles, out: Any) -> Any:
         """A Pallas call that gives (out, lse): out like `out`, lse f32 without its last dimension."""
@@ -81,10 +82,6 @@ class TritonKernels:
     def _tiles(self, part: str, q: jax.Array, view: PagedView, spec: AttentionSpec) -> TritonTiles:
         """The tiles of a case; NotImplementedError for what the kernels cannot do, ValueError for what is wrong."""
         heads, dim = q.shape[-2:]
-        if view.parts > 1:
-            raise NotImplementedError(
-                "keys have gaps (pages shared token by token); the kernels count on none"
-            )
         if view.layout != "rows" or view.v_pages is None:
             raise NotImplementedError(f"pages lie {view.layout!r}; the Triton kernels read 'rows'")
         if heads % view.kv_heads or dim != view.k_pages.shape[-1]:

@@ -7,6 +7,7 @@ its products. It walks the rows (requests) that overlap the block, one after the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,8 +40,9 @@ class PromptKernel:
     tiles: TritonTiles
     product: Product
 
-    def __call__(self, q: Any, starts: Any, view: PagedView, out: Any, lse: Any) -> None:
-        """Refs: q [C,Hq,D], starts i32[R+1], pages; out [C,Hq,D] in q's dtype, lse f32[C,Hq]."""
+    def __call__(self, q: Any, starts: Any, view: PagedView, ends: Any, out: Any, lse: Any) -> None:
+        """Refs: q [C,Hq,D], starts i32[R+1], pages, ends i32[R] or None; out [C,Hq,D] in q's dtype, lse
+        f32[C,Hq]."""
         C, heads, rows = q.shape[0], q.shape[1], view.lengths.shape[0]
         group = heads // view.kv_heads
         block, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
@@ -57,7 +59,7 @@ class PromptKernel:
 
         def row(index: jax.Array, carry: None) -> None:
             low, high = jnp.maximum(begin, starts[index]), jnp.minimum(end, starts[index + 1])
-            shift = view.lengths[index] - starts[index + 1]
+            shift = (view.lengths if ends is None else ends)[index] - starts[index + 1]
             keys = Keys(view, self.spec, self.tiles.keys, self.product, index, head)
             outs, lses = self.row(queries, keys, token + shift, low + shift, high + shift)
             mine = (token >= low) & (token < high)
@@ -77,12 +79,9 @@ class PromptKernel:
 
         Others' tokens run along, and what comes out for them means nothing.
         """
-        length = keys.view.lengths[keys.row]
-        sees_from, sees_to = self.spec.visible(positions, length)
-        (first, clear_to), (clear_from, last) = (
-            self.spec.visible(low, length),
-            self.spec.visible(high - 1, length),
-        )
+        length, visible = keys.view.lengths[keys.row], partial(keys.view.share.visible, self.spec)
+        sees_from, sees_to = visible(positions, length)
+        (first, clear_to), (clear_from, last) = visible(low, length), visible(high - 1, length)
         last = jnp.where(high > low, last, -1)
         span = Span.of(first, last + 1, clear_from, clear_to + 1, self.tiles.keys)
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .spec import NEG_INF, AttentionSpec, PagedView, Tree
+from .spec import NEG_INF, AttentionSpec, PagedView, Share, Tree
 from .tiles import TritonTiles, power_of_two
 from .triton_softmax import (
     Keys,
@@ -55,18 +55,19 @@ class Cut:
             span = min(span, self.spec.window + self.n + self.keys)
         return min(-(-span // self.segment), MOST_SEGMENTS)
 
-    def low(self, lengths: jax.Array) -> jax.Array:
-        """The first key that a query of rows of these lengths sees."""
-        return self.spec.visible(lengths - self.n, lengths)[0]
+    def low(self, lengths: jax.Array, share: Share) -> jax.Array:
+        """The first key that a query of rows of these lengths sees, of those that lie here."""
+        return share.visible(self.spec, lengths - self.n, lengths)[0]
 
-    def of(self, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(start, size, segments) i32 like lengths: segment s holds keys start + s*size.. of its row.
+    def of(self, lengths: jax.Array, share: Share) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(start, size, segments) i32 like lengths: segment s holds keys start + s*size.. of its row, as far as they
+        lie here.
 
         The size doubles until MOST_SEGMENTS suffice. Where no row can have more than one segment, all have one: an
         empty row's item then writes that nothing was seen, and nothing is to be merged.
         """
-        start = over(self.low(lengths), self.keys) * self.keys
-        span = jnp.maximum(lengths - start, 0)
+        start = over(self.low(lengths, share), self.keys) * self.keys
+        span = jnp.maximum(share.before(lengths) - start, 0)
         size = jnp.full_like(lengths, self.segment)
         longest = self.segment * MOST_SEGMENTS
         while longest < self.reach:
@@ -91,7 +92,7 @@ class RowsKernel:
         blocks = -(-n // self.tiles.queries)
         units = view.kv_heads * blocks
         program, (rows, lengths) = pl.program_id(0), all_rows(view.lengths)
-        segments = self.cut.of(lengths)[2]
+        segments = self.cut.of(lengths, view.share)[2]
         ends = jnp.cumsum(segments, dtype=jnp.int32)
         items = jnp.int32(B) if self.cut.most == 1 else total(segments)
 
@@ -116,7 +117,7 @@ class RowsKernel:
         """One item, `at` (item, row, segment, length), for one KV head and one block of the row's queries."""
         item, row, part, length = at
         n, group = q.shape[1], q.shape[2] // view.kv_heads
-        spec = self.cut.spec
+        spec, share = self.cut.spec, view.share
         packed = jnp.arange(self.tiles.rows(group), dtype=jnp.int32)
         token, heads = block * self.tiles.queries + over(packed, group), head * group + rest(packed, group)
         live = (over(packed, group) < self.tiles.queries) & (token < n)
@@ -128,17 +129,17 @@ class RowsKernel:
                 load(tree.bits, (row, token, jnp.full_like(token, word)), live)[:, None]
                 for word in range(tree.bits.shape[2])
             ]
-        sees_from, sees_to = spec.visible(length - n + depths, length)
-        sees_to = jnp.broadcast_to(sees_to if tree is None else length - 1, token.shape)
+        sees_from, sees_to = share.visible(spec, length - n + depths, length)
+        sees_to = jnp.broadcast_to(sees_to if tree is None else share.before(length) - 1, token.shape)
 
         def seen(keys: jax.Array) -> jax.Array:
             inside = (keys >= sees_from[:, None]) & (keys <= sees_to[:, None])
-            return inside if tree is None else inside & Tree.sees(words, keys - (length - n))
+            return inside if tree is None else inside & Tree.sees(words, share.positions(keys) - (length - n))
 
-        start, size, _ = self.cut.of(length)
+        start, size, _ = self.cut.of(length, share)
         span = Span.of(
-            self.cut.low(length), length, spec.visible(length - 1, length)[0],
-            length - n if tree is not None else spec.visible(length - n, length)[1] + 1,
+            self.cut.low(length, share), share.before(length), share.visible(spec, length - 1, length)[0],
+            share.before(length - n) if tree is not None else share.visible(spec, length - n, length)[1] + 1,
             self.tiles.keys, start + part * size, start + (part + 1) * size,
         )  # fmt: skip
         queries = load_pieces(q, (row, token[:, None], heads[:, None]), live[:, None])
@@ -154,11 +155,12 @@ class MergeKernel:
 
     cut: Cut
 
-    def __call__(self, lengths: Any, outs: Any, lses: Any, out: Any, lse: Any) -> None:
-        """Refs: lengths i32[B]; partial outs f32 [items,n,Hq,D] and lses f32 [items,n,Hq]; out [B,n,Hq,D], lse."""
+    def __call__(self, lengths: Any, share: Share, outs: Any, lses: Any, out: Any, lse: Any) -> None:
+        """Refs: lengths i32[B], what lies here; partial outs f32 [items,n,Hq,D] and lses f32 [items,n,Hq]; out
+        [B,n,Hq,D], lse."""
         row, token, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         index, all_lengths = all_rows(lengths)
-        segments = self.cut.of(all_lengths)[2]
+        segments = self.cut.of(all_lengths, share)[2]
         begin, own = (total(jnp.where(which, segments, 0)) for which in (index < row, index == row))
 
         def some(step: jax.Array, carry: Any) -> Any:

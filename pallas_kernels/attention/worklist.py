@@ -8,12 +8,14 @@ and what a slot takes in depends on its own row alone: results do not depend on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from .spec import AttentionSpec
+Sees = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""`AttentionSpec.visible`, or as `Share` counts tokens: (positions, lengths) -> first and last of a row's keys."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,11 @@ class Ranges:
     count: jax.Array
 
 
-def row_ranges(
-    lengths: jax.Array, n: int, spec: AttentionSpec, step: int, segments: int, segment: int, tree: bool
-) -> Ranges:
+def row_ranges(lengths: jax.Array, n: int, sees: Sees, step: int, segments: int, segment: int) -> Ranges:
     """Rows of n tokens at their ends; slot b*segments+s is what row b sees of positions s*segment.. (in steps)."""
     B = lengths.shape[0]
-    start = jnp.maximum(lengths - n, 0)
-    first, _ = spec.visible(start, lengths)
-    last = lengths - 1 if tree else spec.visible(jnp.maximum(lengths - 1, 0), lengths)[1]
+    first, _ = sees(jnp.maximum(lengths - n, 0), lengths)
+    _, last = sees(jnp.maximum(lengths - 1, 0), lengths)
     row = jnp.repeat(jnp.arange(B, dtype=jnp.int32), segments)
     part = jnp.tile(jnp.arange(segments, dtype=jnp.int32), B)
     per = segment // step if segments > 1 else jnp.iinfo(jnp.int32).max
@@ -44,17 +43,24 @@ def row_ranges(
 
 
 def prompt_ranges(
-    query_starts: jax.Array, lengths: jax.Array, blocks: int, queries: int, spec: AttentionSpec, step: int
+    query_starts: jax.Array,
+    lengths: jax.Array,
+    ends: jax.Array,
+    blocks: int,
+    queries: int,
+    sees: Sees,
+    step: int,
 ) -> Ranges:
-    """Blocks of `queries` tokens of the flat chunk, each with the rows that overlap it."""
+    """Blocks of `queries` tokens of the flat chunk, whose rows end with positions `ends`, each with the rows that
+    overlap it."""
     R = lengths.shape[0]
     block = jnp.repeat(jnp.arange(blocks, dtype=jnp.int32), R)
     row = jnp.tile(jnp.arange(R, dtype=jnp.int32), blocks)
     low = jnp.maximum(query_starts[row], block * queries)
     high = jnp.minimum(query_starts[row + 1], (block + 1) * queries)
-    shift = lengths[row] - query_starts[row + 1]
-    first, _ = spec.visible(low + shift, lengths[row])
-    _, last = spec.visible(high - 1 + shift, lengths[row])
+    shift = ends[row] - query_starts[row + 1]
+    first, _ = sees(low + shift, lengths[row])
+    _, last = sees(high - 1 + shift, lengths[row])
     count = jnp.where((high > low) & (last >= first), last // step - first // step + 1, 0)
     return Ranges(block, row, first // step, count)
 
