@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -178,6 +179,7 @@ def started(
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": QUICK}
+    env["PYTHONFAULTHANDLER"] = "1"
     return [
         subprocess.Popen(
             [sys.executable, "-c", START + code, str(index), str(count), port, str(timeout), *arguments],
@@ -188,14 +190,15 @@ def started(
 
 
 def ended(processes: list[subprocess.Popen], folder: Path) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of each; none outlives this call."""
+    """(exit code, output, errors) of each; none outlives this call, and one that hangs says where."""
     until = time.monotonic() + SECONDS
     try:
         for process in processes:
-            process.wait(max(1.0, until - time.monotonic()))
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(1.0, until - time.monotonic()))
     finally:
         for process in processes:
-            process.kill()
+            process.send_signal(signal.SIGABRT)
             process.wait()
     return [
         (process.returncode, (folder / str(index)).read_text(), (folder / f"{index}.errors").read_text())
