@@ -1,6 +1,6 @@
 """Laws of texts that are split over devices, for a process that has several: `python -m tokenloom.tests.split_laws`.
 
-`layer` and `long TOKENS CHUNK` print a line for each case that held; anything else is an error.
+`layer`, `beams` and `long TOKENS CHUNK` print a line for each case that held; anything else is an error.
 `tests/test_sequence_parallel.py` runs them on devices that the CPU pretends to have.
 """
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tokenloom import LLM
+from tokenloom import LLM, BeamSearch, SamplingParams
 from tokenloom.attention.batch import Batch, Shape, make_batch
 from tokenloom.attention.blockwise import Blockwise
 from tokenloom.attention.caches.paged import PagedKV
@@ -23,6 +23,7 @@ from tokenloom.attention.sequence import ring, token_ring
 from tokenloom.attention.spread import order, plain, spread
 from tokenloom.model.config import llama_config
 from tokenloom.tests.engines import greedy, same_tokens
+from tokenloom.tests.shapes import ALL
 
 SPECS = {
     "causal": AttentionSpec(0.3),
@@ -88,7 +89,6 @@ def shared(devices: int) -> None:
         (Shape(B, 1, 0, 0), None, "causal", "float32"),
         (Shape(B, 1, 0, 0), None, "window", "int8"),
         (Shape(0, 1, R, C), None, "chunks", "int8"),
-        (Shape(0, 1, R, C), None, "window", "float32"),
         (Shape(B, 1, R, C), None, "capped", "float32"),
     ])  # fmt: skip
 
@@ -133,6 +133,24 @@ def held(split: Split, heads: int, cases: list[tuple[Shape, Form | None, str, st
                 off = off.reshape(2, count, *off.shape[1:])[:, 1:]
                 assert off.max() <= (1 if wanted.dtype == jnp.int8 else 1e-6)
         print("equal", shape.kind, form, name, dtype)
+
+
+def beams(devices: int) -> None:
+    """Beams that fork shared pages are those of one device."""
+    config, found = ALL["llama"](), []
+    prompts = [[7 * i % 300 for i in range(41)], [5, 6, 7]]
+    for size in (devices, 1):
+        llm = LLM.from_config(
+            config, 0, max_num_seqs=4, max_num_batched_tokens=32, page_size=16, max_model_len=96, progress=False,
+            tensor_parallel_size=size,
+        )  # fmt: skip
+        (entry, *_) = llm.engine.programs.state
+        assert isinstance(entry, SplitKV) == (size > 1)
+        results = BeamSearch(4).generate(llm, prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+        found.append([[list(one.completion.token_ids) for one in each.hypotheses] for each in results])
+        llm.close()
+    assert found[0] == found[1]
+    print("equal beams")
 
 
 def rings(devices: int) -> None:
@@ -213,5 +231,7 @@ if __name__ == "__main__":
         layer(jax.device_count())
         shared(jax.device_count())
         rings(jax.device_count())
+    elif what == "beams":
+        beams(jax.device_count())
     else:
         long(*map(int, rest))

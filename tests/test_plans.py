@@ -11,7 +11,7 @@ TWO_SEATS = (
 )  # fmt: skip
 ONE_SEAT = (
     "gemma3:tensor=2", "gemma3_text:seq=2,form=ring", "gpt2:seq=2,form=ring", "gpt_neox:tensor=4", "mamba2:tensor=2",
-    "mixtral:expert=4", "olmo2:tensor=4", "opt:tensor=4", "phi3:tensor=2", "qwen2:tensor=2", "qwen3:tensor=2",
+    "mixtral:expert=4", "olmo2:tensor=4", "opt:tensor=4", "phi3:tensor=2", "qwen2:tensor=4,dcp=1", "qwen3:tensor=2",
     "qwen3_moe:seq=2,expert=2,form=token_ring", "grouped:tensor=8", "sixths:expert=6",
     "sixths:expert=3,weights=int4", "llama:tensor=2,weights=int8", "grouped:tensor=2,weights=int4",
 )  # fmt: skip

@@ -30,7 +30,7 @@ def law(devices, *arguments):
 def test_split_pages_equal_whole_pages():
     """One layer: decodes, prompts in all forms, windows, soft caps, chunks, int8; the same among devices that have the
     query heads of one KV head in parts; and both rings against `dense`."""
-    assert len(law(4, "layer")) == 8 + 5 + 5
+    assert len(law(4, "layer")) == 8 + 4 + 5
 
 
 def test_a_long_prompt_over_eight_devices():

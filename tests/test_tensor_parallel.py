@@ -6,6 +6,7 @@ from tokenloom.attention.caches.paged import Pages
 from tokenloom.serve.build import Build
 from tokenloom.serve.context_rules import keeps_copies
 from tokenloom.sharding.placement import needs_split, possible_sizes, split_heads
+from tokenloom.tests.devices import run_on
 from tokenloom.tests.shapes import ALL
 
 
@@ -64,3 +65,7 @@ def test_pages_that_cannot_be_shared_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Build(**settings)
+
+
+def test_beams_fork_shared_pages():
+    assert run_on(4, "-m", "tokenloom.tests.split_laws", "beams").split("\n")[0] == "equal beams"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ...attention.caches.paged import PagedKV
+from ...attention.caches.split import SplitKV
 from ..gang import Gang
 from ..request import Sample
 from .lockstep import ENDS, Chosen, Given, compile_programs, run_copies, run_select
@@ -237,9 +238,15 @@ def check_engine(name: str, width: int, engine: Engine) -> None:
             f"{name} chooses in the programs of one process, but this model is spread over several; use an LLM in one "
             "process"
         )
-    kinds = sorted({type(entry).__name__ for entry in programs.state if type(entry) is not PagedKV})
+    kinds = sorted({type(entry).__name__ for entry in programs.state if not _forks(entry)})
     if kinds:
         raise ValueError(
             f"{name} forks texts by sharing pages, but this model and cache remember them as {', '.join(kinds)}, which "
             "cannot be shared; use a model of attention layers, with cache=None and sequence_parallel_size=1"
         )
+
+
+def _forks(entry: object) -> bool:
+    """Whether texts may share the pages of this state: plain ones, also where devices that share the weights share
+    them too."""
+    return type(entry) is PagedKV or (isinstance(entry, SplitKV) and entry.split.by_heads)
