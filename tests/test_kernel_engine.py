@@ -7,6 +7,7 @@ from tokenloom.attention.blockwise import Blockwise
 from tokenloom.pallas_kernels.attention.tpu import TpuKernels
 from tokenloom.pallas_kernels.attention.triton import TritonKernels
 from tokenloom.pallas_kernels.chips import CPU, GPUS, TPUS
+from tokenloom.tests.devices import run_on
 from tokenloom.tests.engines import check_against_whole, engine, greedy, prompts
 from tokenloom.tests.shapes import ALL
 
@@ -23,6 +24,31 @@ def test_kernels_equal_the_plain_model(shape, backend):
     for output in llm.generate([*drawn, drawn[0]], greedy(12)):
         check_against_whole(shape, output)
     assert llm.engine.pages.free == llm.engine.pages.num_pages - 1
+
+
+SPLIT = """
+import sys
+from tokenloom import LLM
+from tokenloom.tests.engines import check_against_whole, greedy, prompts
+from tokenloom.tests.shapes import ALL
+
+shape, backend, form = sys.argv[1:]
+llm = LLM.from_config(
+    ALL[shape](), 0, attention_backend=backend, sequence_parallel_size=2, sequence_parallel_form=form, max_num_seqs=1,
+    max_num_batched_tokens=32, page_size=16, strict=True, progress=False, max_model_len=64,
+)
+for output in llm.generate(prompts(2, 11, longest=45), greedy(6)):
+    check_against_whole(shape, output)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(
+    "shape, backend, form", [("windowed", "tpu", "token_ring"), ("windowed", "triton", "ring")]
+)
+def test_kernels_on_split_texts_equal_the_plain_model(shape, backend, form):
+    """Two devices, a text on both: prompts in chunks, windows, and decodes."""
+    assert run_on(2, "-c", SPLIT, shape, backend, form).endswith("equal\n")
 
 
 @pytest.mark.parametrize("dtype, bits", [("int8", 0.02), ("fp8", 0.2)])

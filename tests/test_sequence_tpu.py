@@ -39,15 +39,16 @@ def slice_of(topology):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def compiled(topology, form, shape):
-    """(the scheduled program, its mesh axes, bytes of the pages of one device) of 8B shapes, texts over all chips."""
+def compiled(topology, form, shape, tensor=1):
+    """(the scheduled program, its mesh axes, bytes of the pages of one device) of 8B shapes, texts over all chips, or
+    over groups of `tensor`."""
     devices = slice_of(topology)
     config = llama_config(
         layers=4, hidden=4096, heads=32, kv_heads=8, intermediate=14336, vocab=32000, max_position=LENGTH
     )
-    dtype, period, page = jnp.dtype("bfloat16"), period_of(config), 128 * len(devices)
+    dtype, period, page = jnp.dtype("bfloat16"), period_of(config), 128 * len(devices) // tensor
     width = LENGTH // page
-    place = Placement.over(devices, (1, 1), len(devices))
+    place = Placement.over(devices, (tensor, 1), len(devices) // tensor)
     graphdef, specs = abstract_stacked(config, Numerics(dtype, dtype, platform="tpu"), period)
     params = place.plan.place_params(graphdef, specs, place.mesh)
     spreading = Spreading.of(place, config, specs["blocks"], width=2, length=LENGTH, form=form)
@@ -123,6 +124,19 @@ def test_a_prefill_program_hides_every_hop():
     ]
     assert sum(one.times for one in hops) == 4 * 7 and all(one.hidden for one in hops)
     assert program.memory_analysis().alias_size_in_bytes >= pages
+
+
+@pytest.mark.parametrize("form", ["ring", "token_ring"])
+def test_kernels_meet_the_pages_of_split_texts(form):
+    """2,048 tokens over two groups of four chips: both pieces of a device's queries meet stored pages in a kernel, at
+    each of the two hops, and K and V, or queries, still travel beside work."""
+    program, mesh, _ = compiled("v5e:2x4", form, Shape(0, 1, 4, 2048), tensor=4)
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * 2
+    one = 1024 * 128 * 2  # a head's numbers of a device's tokens
+    hops = [hop for hop in collectives(text, mesh) if hop.kind == "collective-permute"]
+    travelling = [hop for hop in hops if hop.bytes == one * (2 * 2 if form == "ring" else 8)]
+    assert sum(hop.times for hop in travelling) == 4 and all(hop.hidden for hop in travelling)
 
 
 def test_a_decode_step_moves_results_only():
