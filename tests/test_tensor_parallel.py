@@ -1,5 +1,7 @@
 """How heads split over devices, and refusals; engines: `tests/test_plans.py`."""
 
+from typing import Any
+
 import pytest
 from tokenloom import LLM, StreamingLLM
 from tokenloom.attention.caches.paged import Pages
@@ -50,7 +52,7 @@ def test_who_shares_pages():
 
 
 def test_pages_that_cannot_be_shared_are_refused():
-    for settings, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         (dict(decode_context_parallel_size=0), "decode_context_parallel_size=0 must be a whole number"),
         (dict(decode_context_parallel_size=2), "tensor_parallel_size=1 is no multiple of it"),
         (dict(decode_context_parallel_size=3, tensor_parallel_size=4), "no multiple of it"),
@@ -62,7 +64,8 @@ def test_pages_that_cannot_be_shared_are_refused():
             dict(decode_context_parallel_size=2, tensor_parallel_size=4, page_size=17),
             "page_size=17 is not cut evenly over decode_context_parallel_size=2",
         ),
-    ):
+    ]
+    for settings, message in refused:
         with pytest.raises(ValueError, match=message):
             Build(**settings)
 
