@@ -29,6 +29,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from tqdm.auto import tqdm
 
+from ..pallas_kernels.chips import Chip
 from .fingerprint import Facts, differences, shapes_digest
 from .sampling.sampler import Sampled
 
@@ -38,6 +39,14 @@ ENTRY = {"key", "file", "bytes", "sha256", "arguments", "result"}
 LEAF = jax.tree.structure(0)
 RESULTS = (Sampled(0, 0, 0), Sampled(0, 0, 0, 0))  # type: ignore[arg-type]
 REMEDY = "write one with `tokenloom compile MODEL -o FOLDER` (or LLM.save_compiled), or start without compiled programs"
+
+
+CHIP_OPTIONS: dict[str, dict[str, Any]] = {
+    # Loops over stacked layers would take bfloat16 weights in tiles of 16 x 128 numbers, but arguments lie in tiles of
+    # 8 x 128, so that every step copied all weights first. Neither layout of arguments can be asked for.
+    "7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"},
+}
+"""What the compiler is told for every program of a chip."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,14 @@ class Job:
 
     def compile(self, **more: Any) -> Any:
         """The executable."""
-        return self.jitted.lower(*self.arguments).compile({**self.options, **more} or None)
+        told = {**self._chip_options(), **self.options, **more}
+        return self.jitted.lower(*self.arguments).compile(told or None)
+
+    def _chip_options(self) -> Mapping[str, Any]:
+        """What the compiler is told for the devices where the arguments lie."""
+        places = (leaf.sharding for leaf in jax.tree.leaves(self.arguments))
+        device = next((one for place in places if place is not None for one in place.device_set), None)
+        return {} if device is None else CHIP_OPTIONS.get(Chip.of(device).name, {})
 
     @property
     def in_tree(self) -> Any:

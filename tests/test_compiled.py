@@ -142,14 +142,14 @@ def test_the_manifest_lists_every_program(cold, written):
 
 
 def test_split_models_start_on_their_programs(model, tmp_path):
-    """Weights in bfloat16, whose products are tried out before programs compile, but not on an artefact. One device
-    refuses the programs of two by name."""
+    """Weights in bfloat16, whose products are tried out before programs compile, but not on an artefact; pages of 32
+    tokens, which both devices share. One device refuses the programs of two by name."""
     folder = tmp_path / "split"
     written = run(
         2, tmp_path / "first", "-m", "tokenloom.serve.cli", "compile", str(model), "-o", str(folder),
         "--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--tensor-parallel-size", "2", "--dtype", "bfloat16",
     )  # fmt: skip
-    assert "8 programs" in written and "for 2 x cpu; max_model_len 128, num_pages 2" in written
+    assert "8 programs" in written and "for 2 x cpu; max_model_len 128, num_pages 5" in written
     shown = fresh(2, model, folder, tmp_path / "second", tensor_parallel_size=2, dtype="bfloat16")
     assert shown.endswith("] 0")
     assert facts(folder)["mesh"] and facts(folder)["device"]["ids"] == [0, 1]

@@ -1,6 +1,7 @@
 """Planning without hardware: facts of models and slices, predictions, schedules; compiling is `test_planner_tpu.py`."""
 
 import json
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -251,7 +252,19 @@ def test_floors_count_experts_that_tokens_reach():
     # One token reaches 8 of 128 experts, 16 tokens may reach all.
     assert (many - attention) / (single - attention) == pytest.approx(16, rel=0.01)
     # All-reduces of a ring: embedding, 48 mixers, 48 x 8 rows of experts; 2,048 numbers of 2 bytes.
-    assert predicted_sent(one, 1) == pytest.approx(2 * 7 / 8 * (1 + 48 + 48 * 8) * 2048 * 2)
+    sums = 2 * 7 / 8 * (1 + 48 + 48 * 8) * 2048 * 2
+    # Two devices share each of 4 KV heads' pages: of 4 query heads one sends queries of 128, outs and 2 lse.
+    shared = 48 * 4 * (128 * (2 + 4) + 2 * 4)
+    assert predicted_sent(one, 1) == pytest.approx(sums + shared)
+    one = case(
+        "qwen3-30b-a3b",
+        "v5e:2x4",
+        "tensor",
+        max_model_len=4096,
+        max_num_seqs=8,
+        decode_context_parallel_size=1,
+    )
+    assert predicted_sent(one, 1) == pytest.approx(sums)
 
 
 SCHEDULE = """HloModule jit_run, is_scheduled=true
@@ -330,6 +343,40 @@ def test_schedules_are_read():
     assert [one.times for one in collectives(unrolled, {"kv": 4, "rep": 2})][3:] == [40, 40]
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("", {"tensor": 2})
+
+
+SPARSE = """HloModule sparse
+
+%called_computation.1 (p: bf16[64,8]) -> bf16[64,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  ROOT %all-reduce.17 = bf16[64,8]{1,0} all-reduce(%p), channel_id=7, replica_groups=mesh['axis_0'=8] {'axis_0'}
+}, execution_thread="sparsecore"
+
+%async_computation.1 (q: bf16[64,8]) -> bf16[64,8] {
+  %q = bf16[64,8]{1,0} parameter(0)
+  ROOT %custom-call.38 = bf16[64,8]{1,0} custom-call(%q), custom_call_target="x", called_computations={%called_computation.1}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[64,8]) -> bf16[64,8] {
+  %a = bf16[64,8]{1,0} parameter(0)
+  %ar.call-start = ((), (), (s32[8]{0})) async-start(), async_execution_thread="sparsecore", calls=%async_computation.1
+  %f1 = bf16[64,8]{1,0} fusion(%a), kind=kOutput, calls=%product
+  %ar.call-update = ((bf16[64,8]{1,0}), bf16[64,8]{1,0}, (s32[8]{0})) async-update(%ar.call-start, %f1)
+  ROOT %ar.call-done = bf16[64,8]{1,0} async-done(%ar.call-update)
+}
+"""  # noqa: E501
+
+
+def test_schedules_of_sparse_cores_are_read():
+    """What is sent comes with an update behind the start: only what is computed after that hides it."""
+    (alone,) = collectives(SPARSE, {"tensor": 8})
+    assert alone == Collective("all-reduce", "tensor", 8, 64 * 8 * 2, 1, False)
+    done = "  ROOT %ar.call-done"
+    (beside,) = collectives(
+        SPARSE.replace(done, f"  %f2 = bf16[64,8]{{1,0}} fusion(%a), kind=kOutput, calls=%product\n{done}"),
+        {"tensor": 8},
+    )
+    assert beside == replace(alone, hidden=True)
 
 
 def test_groups_of_devices():

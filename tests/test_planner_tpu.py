@@ -1,7 +1,8 @@
 """The engine's programs compiled for slices that are not here: what executables take is what was predicted.
 
-Four cells of `benchmarks/plan_matrix.py`'s kind that compile quickly: KV heads whose devices share their pages, texts
-split over devices with quantised keys and values, a mixture with its experts whole on their devices, and replicas.
+Five cells of `benchmarks/plan_matrix.py`'s kind that compile quickly: KV heads whose devices share their pages, texts
+split over devices with quantised keys and values, a mixture with its experts whole on their devices, replicas, and a
+chip whose collectives run on SparseCores, and whose compiler would copy stacked weights unless told otherwise.
 """
 
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ CELLS = {
     "v6e:2x2": (small(), {"kv_cache_dtype": "int8", "plan": "seq=2"}, "tensor"),
     "v5p:2x2x1": (small(**MIXTURE), {"plan": "expert=4"}, "tensor"),
     "v4:2x2x1": (small(), {"plan": "data=4"}, ""),
+    "tpu7x:2x2x1": (small(), {"plan": "data=2,tensor=4"}, "tensor"),
 }
 
 
@@ -67,6 +69,11 @@ def test_executables_take_what_was_predicted(topology):
             16 * 4 * 128: ("reduce-scatter", "rep", 3),
         }  # fmt: skip
         assert report.programs[0].results < 0.01 * report.memory.state  # pages are written in place
+    elif topology == "tpu7x:2x2x1":
+        # This compiler gathers the step's keys and values, to write each device's to its pages; no page and no weight.
+        assert {one.kind for one in more} == {"all-gather"}
+        assert max(one.bytes for one in more) == 16 * 4 * 128 * 2
+        return
     else:
         assert not more or split
     assert decode.work is not None and decode.work.sent == pytest.approx(report.work[0].sent)

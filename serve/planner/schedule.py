@@ -132,7 +132,7 @@ def _walk(
         elif line.operation == "while":
             for inner in called:
                 yield from _walk(computations, inner, times * _trips(computations, line), mesh, hidden)
-        elif line.operation in ("call", "conditional"):
+        elif line.operation in ("call", "conditional", "custom-call"):  # the last: what a SparseCore does
             for inner in called:
                 yield from _walk(computations, inner, times, mesh, hidden)
 
@@ -177,14 +177,17 @@ def _inside(computations: dict[str, list[_Line]], fusion: _Line) -> list[_Line]:
 
 
 def _computes_until_done(lines: list[_Line], at: int) -> bool:
-    """Whether work stands between a start and the instruction that ends it."""
-    name = re.compile(rf"%{re.escape(lines[at].name)}\b")
+    """Whether work stands between a start and the instruction that ends it; where an update between them brings what
+    is sent, between that and the end."""
+    name, computes = lines[at].name, False
     for line in lines[at + 1 :]:
-        if line.operation.endswith("-done") and name.search(line.rest):
-            return False
-        if line.operation in WORK:
-            return True
-    return False
+        if re.search(rf"%{re.escape(name)}(?![\w.\-])", line.rest):
+            if line.operation.endswith("-done"):
+                return computes
+            if line.operation == "async-update":
+                name, computes = line.name, False
+        computes = computes or line.operation in WORK
+    return computes
 
 
 def _trips(computations: dict[str, list[_Line]], loop: _Line) -> int:
