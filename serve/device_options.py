@@ -33,6 +33,10 @@ def device_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data-parallel-size", type=int, default=1, help="replicas, each on devices of its own"
     )
+    command.add_argument(
+        "--plan",
+        help="these sizes by a name: tensor=8, seq=2,tensor=4, data=2,expert=4; auto: the planner's choice",
+    )
     command.set_defaults(follows=False)
     several = command.add_argument_group(
         "several processes or hosts",
@@ -81,6 +85,6 @@ def devices(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `LLM` is told of them."""
     names = (
         "tensor_parallel_size", "sequence_parallel_size", "decode_context_parallel_size", "enable_expert_parallel",
-        "data_parallel_size",
+        "data_parallel_size", "plan",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names}

@@ -27,6 +27,7 @@ from .followers import lead_swap
 from .gang import Gang
 from .locks import FairLock
 from .membership import calibrate, confirm, follow, guarded, meet, programs_of, refuse_requests, together
+from .named_plan import plan_sizes
 from .outputs import RequestOutput
 from .policies.policy import Policy
 from .prompts import Prompt, each, encode_prompt, is_prompt, need_tokenizer, salt_of
@@ -78,6 +79,9 @@ class LLM:
             (`tokenloom.initialize`) the devices of all of them count.
         sequence_parallel_size: devices (or groups of tensor_parallel_size) that each text is split over: every one
             keeps 1/n of all keys and values and computes 1/n of a prompt, for contexts longer than one holds.
+        plan: the four sizes by a name, over all devices, as `tokenloom plan` calls plans: "tensor=8", "seq=2,tensor=4",
+            "data=2,expert=4"; "auto": what the planner takes for this slice of TPUs, elsewhere the widest tensor plan.
+            None: what the sizes say.
         decode_context_parallel_size: where tensor_parallel_size exceeds the model's KV heads, over how many of the
             devices that have one of them between them each page is split, token by token; None: all of them (where
             page_size divides by it); 1: each keeps a copy. No other number.
@@ -120,23 +124,29 @@ class LLM:
         attention_backend: str | None = None, kv_cache_dtype: str | None = None,
         tensor_parallel_size: int = 1, sequence_parallel_size: int = 1, data_parallel_size: int = 1,
         sequence_parallel_form: Form | None = None, decode_context_parallel_size: int | None = None,
-        enable_expert_parallel: bool = False,
+        enable_expert_parallel: bool = False, plan: str | None = None,
         overlap_tokens: int | None = None, cache: CachePolicy | None = None,
         transforms: Sequence[Transform] = (), drafter: Drafter | None = None, controller: Controller | None = None,
         calibration: Sequence[str | Sequence[int]] | None = None,
         compiled: str | Path | None = None,
     ):  # fmt: skip
+        sizes = dict(
+            tensor_parallel_size=tensor_parallel_size, sequence_parallel_size=sequence_parallel_size,
+            data_parallel_size=data_parallel_size, enable_expert_parallel=enable_expert_parallel,
+        )  # fmt: skip
+        sizes = plan_sizes(
+            plan, model, sizes, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype,
+        )  # fmt: skip
         build = Build(
             max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, num_pages=num_pages, page_size=page_size, seed=seed,
             strict=strict, prefix_cache=prefix_cache, policy=policy, telemetry=Telemetry.of(telemetry),
             overlap=overlap, attention_backend=attention_backend, kv_cache_dtype=kv_cache_dtype,
-            tensor_parallel_size=tensor_parallel_size, sequence_parallel_size=sequence_parallel_size,
             sequence_parallel_form=sequence_parallel_form, decode_context_parallel_size=decode_context_parallel_size,
-            enable_expert_parallel=enable_expert_parallel,
-            overlap_tokens=overlap_tokens,
+            overlap_tokens=overlap_tokens, **sizes,
             bounds=Bounds(max_output_tokens, max_waiting), cache=Pages() if cache is None else cache, drafter=drafter,
-            controller=controller, compiled=compiled, data_parallel_size=data_parallel_size,
+            controller=controller, compiled=compiled,
         )  # fmt: skip
         check_replicas(build)
         self.group = meet(build, dtype=dtype, transforms=tuple(transforms))
